@@ -1,0 +1,204 @@
+"""The base model: gather its parts, check that they fit together, record what they are.
+
+`data/base/` is a complete folder in the Diffusers layout. Its `manifest.json` holds where each
+part came from (with the hub's commit) and the SHA-256 of every file. Only configs, tokenizer files
+and safetensors are taken: no pickle is read and no remote code runs.
+"""
+
+import difflib
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from sdtrain import hub
+from sdtrain.errors import InputError
+from sdtrain.files import new_folder, read_json, read_manifest, sha256_file, sha256_json, write_json
+from sdtrain.params import BaseParams
+
+FORMAT_VERSION = 1
+
+_PARTS = {
+    "scheduler": (("scheduler_config.json",), None),
+    "tokenizer": (("tokenizer_config.json",), None),
+    "text_encoder": (("config.json",), "model"),
+    "vae": (("config.json",), "diffusion_pytorch_model"),
+    "unet": (("config.json",), "diffusion_pytorch_model"),
+}
+"""Part: its small files, and the stem of its weights."""
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+"""A tokenizer has one of these; SD 1.5's repository has the second."""
+
+_PIPELINE = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDPMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def resolve_base(params: BaseParams, seed: int, out: Path) -> dict:
+    """Gather the base model in `out` and return its manifest.
+
+    Raises:
+        InputError: a part is missing, isn't reachable, or doesn't fit the others.
+    """
+    parts = list(_PARTS) if params.unet_config is None else [part for part in _PARTS if part != "unet"]
+    own_vae, own_text = params.vae_repo is not None, params.text_encoder_repo is not None
+    main = [p for p in parts if not (p == "vae" and own_vae) and not (p in ("tokenizer", "text_encoder") and own_text)]
+    with new_folder(out) as folder:
+        sources = []
+        if params.source == "local":
+            sources.append(_from_folder(Path(params.path), main, folder))
+        else:
+            sources.append(_from_hub("base.repo", params.repo, params.revision, main, folder))
+        if own_vae:
+            sources.append(_from_hub("base.vae_repo", params.vae_repo, params.vae_revision, ["vae"], folder))
+        if own_text:
+            both = ["tokenizer", "text_encoder"]
+            repo, revision = params.text_encoder_repo, params.text_encoder_revision
+            sources.append(_from_hub("base.text_encoder_repo", repo, revision, both, folder))
+        if params.unet_config is not None:
+            _init_unet(params.unet_config, seed, folder)
+            sources.append({"unet_config": params.unet_config, "seed": seed, "parts": ["unet"]})
+        check_fit(folder)
+        write_json(folder / "model_index.json", {**_PIPELINE, "_diffusers_version": version("diffusers")})
+        files = {str(p.relative_to(folder)): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        manifest = {"format_version": FORMAT_VERSION, "sources": sources, "files": files}
+        write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def encoders_fingerprint(base: Path) -> str:
+    """SHA-256 of what a latent cache depends on: the VAE's and the tokenizer's files."""
+    files = read_manifest(base, "base", FORMAT_VERSION)["files"]
+    return sha256_json({name: digest for name, digest in files.items() if name.startswith(("vae/", "tokenizer/"))})
+
+
+def check_fit(folder: Path) -> None:
+    """Check from the configs alone that VAE, text encoder, tokenizer and UNet belong together.
+
+    Raises:
+        InputError: names both files and both values of every mismatch.
+    """
+    vae, text, unet = (read_json(folder / part / "config.json") for part in ("vae", "text_encoder", "unet"))
+    vocabulary = _vocabulary_size(folder / "tokenizer")
+    max_length = read_json(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length")
+    faults = []
+
+    def must(ok: bool, left: str, right: str, why: str) -> None:
+        if not ok:
+            faults.append(f"{left}, but {right}: {why}")
+
+    for part, config, expected in (("vae", vae, "AutoencoderKL"), ("unet", unet, "UNet2DConditionModel")):
+        name = config.get("_class_name")
+        must(name == expected, f"{part} is a {name}", f"sdtrain trains with {expected}", "take another base")
+    if faults:
+        raise InputError("the base model can't be used:\n" + "\n".join(f"  {fault}" for fault in faults))
+    channels, width = vae["latent_channels"], text["hidden_size"]
+    for side in ("in_channels", "out_channels"):
+        must(unet[side] == channels, f"unet {side} = {unet[side]}", f"vae latent_channels = {channels}",
+             "the UNet must take and give the VAE's latents")
+    must(unet["cross_attention_dim"] == width, f"unet cross_attention_dim = {unet['cross_attention_dim']}",
+         f"text_encoder hidden_size = {width}", "the UNet must attend to the text encoder's width")
+    must(vocabulary <= text["vocab_size"], f"tokenizer has {vocabulary} tokens",
+         f"text_encoder vocab_size = {text['vocab_size']}", "take both from the same model")
+    positions = text["max_position_embeddings"]
+    must(max_length is not None and max_length <= positions, f"tokenizer model_max_length = {max_length}",
+         f"text_encoder max_position_embeddings = {positions}", "take both from the same model")
+    if faults:
+        raise InputError("the base model's parts don't fit together:\n" + "\n".join(f"  {f}" for f in faults))
+
+
+def _vocabulary_size(tokenizer: Path) -> int:
+    if (tokenizer / "tokenizer.json").exists():
+        tree = read_json(tokenizer / "tokenizer.json")
+        ids = [*tree["model"]["vocab"].values(), *(token["id"] for token in tree.get("added_tokens", []))]
+    else:
+        ids = read_json(tokenizer / "vocab.json").values()
+    return max(ids) + 1
+
+
+def _from_folder(source: Path, parts: list[str], folder: Path) -> dict:
+    if not source.is_dir():
+        raise InputError(f"base.path = '{source}': no such folder; base.source = 'local' needs a Diffusers folder")
+    names = [str(p.relative_to(source)) for p in sorted(source.rglob("*")) if p.is_file()]
+    for part in parts:
+        _take(f"base.path = '{source}'", part, names, lambda name: source / name, folder)
+    return {"path": str(source), "parts": parts}
+
+
+def _from_hub(key: str, repo: str, revision: str | None, parts: list[str], folder: Path) -> dict:
+    from huggingface_hub import HfApi, snapshot_download
+
+    instead = "set base.source: local and base.path to a Diffusers folder on this machine (data/builtin is one)"
+    with hub.explained(key, repo, revision, instead):
+        info = HfApi().model_info(repo, revision=revision)
+        names = [sibling.rfilename for sibling in info.siblings]
+        wanted = [name for part in parts for name in _files_of(f"{key} = {repo!r}", part, names)]
+        snapshot = Path(snapshot_download(repo, revision=info.sha, allow_patterns=wanted))
+    for part in parts:
+        _take(f"{key} = {repo!r}", part, names, lambda name: snapshot / name, folder)
+    print(f"{key}: {repo} at {revision or 'its newest revision'} is commit {info.sha}")
+    return {"repo": repo, "revision": revision, "commit": info.sha, "parts": parts}
+
+
+def _take(where: str, part: str, names: list[str], locate: Callable[[str], Path], folder: Path) -> None:
+    (folder / part).mkdir()
+    for name in _files_of(where, part, names):
+        shutil.copyfile(locate(name), folder / part / Path(name).name)
+
+
+def _files_of(where: str, part: str, names: list[str]) -> list[str]:
+    """The files of one part among all `names`, in its own folder or, for a VAE's own repository, the root."""
+    small, stem = _PARTS[part]
+    prefix = "" if part == "vae" and "vae/config.json" not in names and "config.json" in names else f"{part}/"
+    if part == "tokenizer":
+        has = [files for files in _VOCABULARIES if all(prefix + name in names for name in files)]
+        small += has[0] if has else _VOCABULARIES[0]
+        small += tuple(n for n in ("special_tokens_map.json", "added_tokens.json") if prefix + n in names)
+    missing = [prefix + name for name in small if prefix + name not in names]
+    found = [prefix + name for name in small if prefix + name in names]
+    if stem is not None:
+        weights = [n for n in names if n == f"{prefix}{stem}.safetensors"] or [
+            n for n in names
+            if n == f"{prefix}{stem}.safetensors.index.json"
+            or (n.startswith(f"{prefix}{stem}-") and n.endswith(".safetensors"))
+        ]
+        if not weights:
+            missing.append(f"{prefix}{stem}.safetensors")
+        found += weights
+    if missing:
+        pickles = any(name.startswith(prefix) and name.endswith((".bin", ".ckpt", ".pt")) for name in names)
+        hint = " (it has pickled weights, which sdtrain never loads: convert them to safetensors)" if pickles else ""
+        raise InputError(f"{where}: lacks {', '.join(missing)}{hint}")
+    return found
+
+
+def _init_unet(config: dict, seed: int, folder: Path) -> None:
+    """A UNet of the given structure with random weights from `seed`; widths follow the other parts."""
+    import inspect
+
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    known = set(inspect.signature(UNet2DConditionModel.__init__).parameters) - {"self"}
+    for key in config:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise InputError(f"base.unet_config.{key} = {config[key]!r}: UNet2DConditionModel has no such setting; "
+                             f"nearest is {near}")
+    channels = read_json(folder / "vae" / "config.json")["latent_channels"]
+    width = read_json(folder / "text_encoder" / "config.json")["hidden_size"]
+    torch.manual_seed(seed)
+    fitted = {"in_channels": channels, "out_channels": channels, "cross_attention_dim": width, **config}
+    try:
+        unet = UNet2DConditionModel(**fitted)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"base.unet_config: {error}") from None
+    unet.save_pretrained(folder / "unet")

@@ -1,0 +1,45 @@
+"""Checkpoints: a folder with the raw and the EMA UNet as Diffusers folders, and what made them.
+
+`data/checkpoints/{best,last}/unet/`, `unet_ema/` (where an EMA is kept) and `training_config.json`.
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+
+from sdtrain.ema import averaged
+from sdtrain.errors import InputError
+from sdtrain.files import new_folder, read_json, write_json
+from sdtrain.models import load_unet
+
+_FOLDERS = {"raw": "unet", "ema": "unet_ema"}
+
+
+def save_checkpoint(folder: Path, unet: UNet2DConditionModel, ema: EMAModel | None, config: dict) -> None:
+    """Write one checkpoint, whole or not at all; leaves the UNet's weights as they are."""
+    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
+    with new_folder(folder) as partial:
+        unet.save_pretrained(partial / _FOLDERS["raw"])
+        if ema is not None:
+            with averaged(unet, ema):
+                unet.save_pretrained(partial / _FOLDERS["ema"])
+        write_json(partial / "training_config.json", {**config, "libraries": libraries})
+
+
+def load_checkpoint(folder: Path, weights: str) -> tuple[UNet2DConditionModel, dict]:
+    """The UNet of a checkpoint, `raw` or `ema`, in fp32 and frozen, and its training_config.
+
+    Raises:
+        InputError: the checkpoint isn't there or keeps no EMA.
+    """
+    if not (folder / "training_config.json").exists():
+        raise InputError(f"{folder}: no checkpoint here (it lacks training_config.json); run `dvc repro train`")
+    if not (folder / _FOLDERS[weights]).exists():
+        raise InputError(f"{folder}: keeps no {weights} weights; use 'raw', or train with train.use_ema: true")
+    return load_unet(folder / _FOLDERS[weights]), read_json(folder / "training_config.json")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / "training_config.json").exists()

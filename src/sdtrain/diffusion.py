@@ -1,0 +1,50 @@
+"""The mathematics of diffusion, as plain functions of tensors.
+
+With ᾱ_t the cumulative product of 1-β (Ho et al. 2020, "Denoising diffusion probabilistic models"):
+`alphas_cumprod` is float [num_train_timesteps], `timesteps` int [B], everything else [B, C, h, w].
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction"]
+
+
+def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε (Ho et al. 2020, eq. 4)."""
+    signal, sigma = _rates(timesteps, alphas_cumprod, latents)
+    return signal * latents + sigma * noise
+
+
+def target(
+    latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: PredictionType
+) -> Tensor:
+    """What the UNet should predict: ε, or v = √ᾱ_t ε - √(1-ᾱ_t) x₀ (Salimans & Ho 2022, app. D)."""
+    if prediction_type == "epsilon":
+        return noise
+    signal, sigma = _rates(timesteps, alphas_cumprod, latents)
+    return signal * noise - sigma * latents
+
+
+def to_epsilon(
+    model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: PredictionType
+) -> Tensor:
+    """The noise that a prediction implies: ε = √ᾱ_t v + √(1-ᾱ_t) x_t (Salimans & Ho 2022, app. D)."""
+    if prediction_type == "epsilon":
+        return model_pred
+    signal, sigma = _rates(timesteps, alphas_cumprod, noisy_latents)
+    return signal * model_pred + sigma * noisy_latents
+
+
+def mid_bin_timesteps(num_bins: int, num_train_timesteps: int) -> Tensor:
+    """The middle of each of `num_bins` equal bins of 0..num_train_timesteps-1, int [num_bins]."""
+    edges = torch.arange(num_bins, dtype=torch.float64) + 0.5
+    return (edges * num_train_timesteps / num_bins).long()
+
+
+def _rates(timesteps: Tensor, alphas_cumprod: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """√ᾱ_t and √(1-ᾱ_t), [B, 1, 1, 1]."""
+    alpha = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    return alpha.sqrt().to(like.dtype), (1 - alpha).sqrt().to(like.dtype)

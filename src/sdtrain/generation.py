@@ -1,0 +1,51 @@
+"""Pictures from prompts, with stock Diffusers: StableDiffusionPipeline and DPM-Solver++ (Lu et al. 2022)."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from sdtrain.diffusion import PredictionType
+from sdtrain.models import load_scheduler, load_text_encoder, load_tokenizer, load_vae
+
+
+def build_pipeline(
+    base: Path, unet: UNet2DConditionModel, prediction_type: PredictionType,
+    vae: AutoencoderKL | None = None, text_encoder: CLIPTextModel | None = None, tokenizer: CLIPTokenizer | None = None,
+) -> StableDiffusionPipeline:
+    """A pipeline of the base's parts around `unet`; parts that are loaded already can be handed in."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae or load_vae(base), text_encoder=text_encoder or load_text_encoder(base),
+        tokenizer=tokenizer or load_tokenizer(base), unet=unet,
+        scheduler=type(load_scheduler(base)).from_config(load_scheduler(base).config, prediction_type=prediction_type),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generate(
+    pipeline: StableDiffusionPipeline, prompts: list[str], seeds: list[int], *, negative_prompt: str = "",
+    num_inference_steps: int, guidance_scale: float, batch_size: int,
+) -> list[Image.Image]:
+    """One picture per prompt and seed, RGB, at the UNet's own size.
+
+    Each picture's noise comes from its own seed, so it doesn't depend on the others or on
+    `batch_size`, and stock Diffusers draws the same with `torch.Generator("cpu").manual_seed(seed)`.
+    """
+    assert len(prompts) == len(seeds), f"{len(prompts)} prompts, {len(seeds)} seeds"
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    images = []
+    for start in range(0, len(prompts), batch_size):
+        chunk = slice(start, start + batch_size)
+        with torch.inference_mode():
+            images += pipeline(
+                prompts[chunk],
+                negative_prompt=[negative_prompt] * len(prompts[chunk]),
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]],
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+            ).images
+    return images

@@ -1,0 +1,350 @@
+"""`params.yaml`, typed. Every field is declared, bounded and documented here, and nowhere else.
+
+`load_params` is the only reader of the file. It refuses every fault in one message, before any
+model loads. Code holds no second default: all keys must be present.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic_core import ErrorDetails
+
+from sdtrain.errors import InputError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+HubRepo = Annotated[str, StringConstraints(pattern=r"^[\w.-]+/[\w.-]+$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class BaseParams(Section):
+    """The base model: where its frozen parts and the UNet's first weights come from."""
+
+    source: Literal["local", "hub"]
+    """`local`: a Diffusers folder at `path`. `hub`: the repository `repo` at `revision`."""
+    path: Text
+    """Folder of the base model; DVC watches it, so it must exist even where `source` is `hub`."""
+    repo: HubRepo | None
+    """Hub repository, `owner/name`, in the Diffusers layout, with safetensors."""
+    revision: Text | None
+    """Branch, tag or commit; null is the newest. The commit it stood for is recorded."""
+    vae_repo: HubRepo | None
+    """Take the VAE from this hub repository instead (its root, or its `vae/`)."""
+    vae_revision: Text | None
+    """Branch, tag or commit of `vae_repo`."""
+    text_encoder_repo: HubRepo | None
+    """Take text encoder and tokenizer from this hub repository (`text_encoder/`, `tokenizer/`) instead."""
+    text_encoder_revision: Text | None
+    """Branch, tag or commit of `text_encoder_repo`."""
+    unet_config: dict[str, Any] | None
+    """Settings of Diffusers' UNet2DConditionModel: train a UNet of this structure from scratch."""
+
+
+class DatasetParams(Section):
+    """Captioned pictures, and which of them are held out."""
+
+    source: Literal["generated", "hub", "imagefolder", "webdataset", "parquet"]
+    """`generated`: scenes of coloured shapes. The others are read with Hugging Face Datasets."""
+    path: Text
+    """Folder (or one file) of the pictures; DVC watches it, so it must exist whatever `source` is."""
+    repo: HubRepo | None
+    """Hub data set, `owner/name`."""
+    revision: Text | None
+    """Branch, tag or commit of `repo`; null is the newest. The commit it stood for is recorded."""
+    split: Text
+    """Split of the hub data set to read."""
+    image_column: Text
+    """Column that holds the picture (`jpg`, `png`, … in WebDataset tars; `image` in an image folder)."""
+    caption_column: Text
+    """Column that holds the caption (`txt` or `json` key in WebDataset tars)."""
+    max_train_samples: PositiveInt | None
+    """Stop at this many training pictures, taken in an order drawn from `seed`; null takes all."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the pictures held out, chosen by a hash of their pixels: copies stay on one side."""
+    alpha_background: Annotated[str, StringConstraints(pattern=r"^#[0-9a-fA-F]{6}$")]
+    """Colour behind transparent pictures, `#rrggbb`."""
+    num_workers: NonNegativeInt
+    """Threads that decode and check pictures; 0 works in the main thread."""
+    num_scenes: PositiveInt
+    """`generated` only: how many scenes to draw."""
+    new_fraction: Annotated[float, Field(ge=0, le=1)]
+    """`generated` only: share of the scenes that show a concept the built-in base has never seen."""
+
+
+class PrecomputeParams(Section):
+    """The cache of VAE posteriors and CLIP token ids."""
+
+    resolution: PositiveInt
+    """Pictures are resized (shorter side) and cropped to this square, in px; a multiple of the VAE's factor."""
+    center_crop: bool
+    """true crops the middle; false crops where a draw from (`seed`, picture) says, once for all epochs."""
+    random_flip: bool
+    """Also cache the mirror's own encoding; `train` draws one of the two at every visit."""
+    batch_size: PositiveInt
+    """Pictures per VAE call. Changes speed and memory only."""
+
+
+class TrainParams(Section):
+    """UNet training."""
+
+    lr: Annotated[float, Field(gt=0)]
+    """Learning rate of AdamW, at the scheduler's top."""
+    max_steps: PositiveInt | None
+    """Optimizer steps; give this or `max_epochs`."""
+    max_epochs: PositiveInt | None
+    """Passes over the training pictures; give this or `max_steps`."""
+    batch_size: PositiveInt
+    """Effective batch: pictures per optimizer step, whatever the number of processes."""
+    micro_batch_size: PositiveInt
+    """Pictures per forward pass and process; accumulation follows from it and `batch_size`."""
+    precision: Literal["fp32", "bf16", "fp16"]
+    """Forward and backward pass; weights, optimizer and EMA stay in fp32."""
+    weight_decay: Annotated[float, Field(ge=0)]
+    """AdamW's decoupled weight decay."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)]
+    """AdamW's β₁."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)]
+    """AdamW's β₂."""
+    adam_epsilon: Annotated[float, Field(gt=0)]
+    """AdamW's ε."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None
+    """Clip the gradient's global L2 norm to this; null doesn't clip."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ]
+    """Diffusers' schedule of the learning rate over the run."""
+    lr_warmup_steps: NonNegativeInt
+    """Optimizer steps of linear warm-up; `constant` has none."""
+    gradient_checkpointing: bool
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    prediction_type: Literal["epsilon", "v_prediction"]
+    """What the UNet predicts: the noise, or the velocity (Salimans & Ho 2022)."""
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)]
+    """Share of visits that see the empty caption, which classifier-free guidance needs."""
+    use_ema: bool
+    """Keep an exponential moving average of the weights, too."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)]
+    """The EMA's decay at its longest; it warms up as min((1+n)/(10+n), ema_decay)."""
+    log_every_n_steps: PositiveInt
+    """Optimizer steps between rows of loss, learning rate and speed."""
+
+
+class ValidationParams(Section):
+    """The held-out loss and the pictures during training."""
+
+    every_n_steps: PositiveInt
+    """Optimizer steps between validations; the first and the last step always validate."""
+    num_timesteps: PositiveInt
+    """Timesteps at which each held-out picture is noised, in the middle of as many equal bins."""
+    max_samples: PositiveInt
+    """Held-out pictures used at each validation."""
+    batch_size: PositiveInt
+    """Noised latents per UNet call. Changes speed and memory only."""
+    prompts: list[Text]
+    """Prompts drawn into TensorBoard at each validation, the same noise each time; may be empty."""
+    num_inference_steps: PositiveInt
+    """DPM-Solver++ steps of these pictures."""
+    guidance_scale: Annotated[float, Field(ge=0)]
+    """Classifier-free guidance of these pictures; 1 or less is none."""
+
+
+class ExportParams(Section):
+    """Which weights become the Diffusers model."""
+
+    checkpoint: Literal["best", "last"]
+    """`best` by held-out loss, or the `last`."""
+    weights: Literal["ema", "raw"]
+    """The moving average, or the weights the optimizer worked on."""
+    dtype: Literal["fp32", "fp16"]
+    """Number format of the exported safetensors."""
+
+
+class SampleParams(Section):
+    """The grid of pictures, base beside trained."""
+
+    prompts: Annotated[list[Text], Field(min_length=1)]
+    """One row of the grid each."""
+    negative_prompt: str
+    """What guidance steers away from; the empty text is the usual one."""
+    images_per_prompt: PositiveInt
+    """Pictures per prompt and model."""
+    num_inference_steps: PositiveInt
+    """DPM-Solver++ steps."""
+    guidance_scale: Annotated[float, Field(ge=0)]
+    """Classifier-free guidance; 1 or less is none."""
+    batch_size: PositiveInt
+    """Pictures drawn at once. Changes speed and memory only."""
+
+
+class EvaluateParams(Section):
+    """Numbers on held-out data."""
+
+    num_timesteps: PositiveInt
+    """Timesteps at which each held-out picture is noised, in the middle of as many equal bins."""
+    max_samples: PositiveInt
+    """Held-out pictures used for the loss."""
+    num_prompts: PositiveInt
+    """`generated` only: prompts of each kind (new and known concepts) whose pictures are measured."""
+    num_inference_steps: PositiveInt
+    """DPM-Solver++ steps of these pictures."""
+    guidance_scale: Annotated[float, Field(ge=0)]
+    """Classifier-free guidance of these pictures; 1 or less is none."""
+    batch_size: PositiveInt
+    """Latents per UNet call. Changes speed and memory only."""
+    num_bootstrap: Annotated[int, Field(ge=100)]
+    """Bootstrap resamples behind the 95 % confidence intervals."""
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    """Every draw of the pipeline is a function of this, its purpose and its place."""
+    base: BaseParams
+    dataset: DatasetParams
+    precompute: PrecomputeParams
+    train: TrainParams
+    validation: ValidationParams
+    export: ExportParams
+    sample: SampleParams
+    evaluate: EvaluateParams
+
+
+def load_params(path: Path) -> Params:
+    """Read and check a params file.
+
+    Raises:
+        InputError: one message that names every fault: key, value, what is wrong, nearest name.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml12Loader)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run from the project's root") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    return check_params(tree, name=str(path))
+
+
+def check_params(tree: object, name: str = "params.yaml") -> Params:
+    """Type and check a tree of params as YAML gives it; raises as `load_params`."""
+    if not isinstance(tree, dict):
+        raise InputError(f"{name}: expected a mapping of sections, got {type(tree).__name__}")
+    params, faults = None, []
+    try:
+        params = Params.model_validate(tree)
+    except ValidationError as error:
+        faults += [_describe(detail, tree) for detail in error.errors()]
+    faults += _combination_faults(tree)
+    if faults:
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise InputError("\n".join([f"{name} has {count}:", *(f"  {fault}" for fault in faults)]))
+    assert params is not None, "no fault, so the params are valid"
+    return params
+
+
+def _combination_faults(tree: dict) -> list[str]:
+    """Faults that no single field shows. A rule is skipped where a section it needs is faulty itself."""
+
+    def section(name: str) -> Any:
+        try:
+            return Params.model_fields[name].annotation.model_validate(tree.get(name))
+        except ValidationError:
+            return None
+
+    base, dataset, train, export = (section(name) for name in ("base", "dataset", "train", "export"))
+    faults = []
+    if base:
+        if base.source == "hub" and not base.repo:
+            faults.append("base.repo = null: base.source = 'hub' needs a repository, owner/name")
+        for part in ("vae", "text_encoder"):
+            if getattr(base, f"{part}_revision") and not getattr(base, f"{part}_repo"):
+                value = getattr(base, f"{part}_revision")
+                faults.append(f"base.{part}_revision = {value!r}: has no effect without base.{part}_repo")
+    if dataset and dataset.source == "hub" and not dataset.repo:
+        faults.append("dataset.repo = null: dataset.source = 'hub' needs a repository, owner/name")
+    if train:
+        if (train.max_steps is None) == (train.max_epochs is None):
+            faults.append(
+                f"train.max_steps = {train.max_steps}, train.max_epochs = {train.max_epochs}: "
+                "give exactly one, and null for the other"
+            )
+        if train.batch_size % train.micro_batch_size:
+            faults.append(
+                f"train.micro_batch_size = {train.micro_batch_size}: must divide train.batch_size = {train.batch_size}"
+            )
+        if train.lr_warmup_steps and train.lr_scheduler == "constant":
+            faults.append(
+                f"train.lr_warmup_steps = {train.lr_warmup_steps}: train.lr_scheduler = 'constant' has no warm-up; "
+                "use 'constant_with_warmup', or 0"
+            )
+        if train.max_steps and train.lr_warmup_steps >= train.max_steps:
+            faults.append(
+                f"train.lr_warmup_steps = {train.lr_warmup_steps}: must be below train.max_steps = {train.max_steps}"
+            )
+    if train and export and export.weights == "ema" and not train.use_ema:
+        faults.append("export.weights = 'ema': train.use_ema = false keeps no EMA; use 'raw', or train.use_ema: true")
+    return faults
+
+
+def _describe(detail: ErrorDetails, tree: dict) -> str:
+    """One fault in one line: `train.lrr = 0.1: unknown key; nearest is train.lr`."""
+    location = [str(part) for part in detail["loc"]]
+    key, value = ".".join(location), detail["input"]
+    if detail["type"] == "missing":
+        return f"{key}: missing; the shipped params.yaml shows every key"
+    if detail["type"] == "extra_forbidden":
+        return f"{key} = {value!r}: unknown key; {_nearest_key(location)}"
+    if detail["type"] == "literal_error":
+        allowed = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
+        hint = f"; nearest is {near[0]!r}" if near else ""
+        return f"{key} = {value!r}: must be one of {', '.join(map(repr, allowed))}{hint}"
+    return f"{key} = {value!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+
+
+def _nearest_key(location: list[str]) -> str:
+    known = [f"{name}.{field}" for name, info in Params.model_fields.items() if name != "seed"
+             for field in info.annotation.model_fields] + list(Params.model_fields)
+    siblings = [key for key in known if key.split(".")[:-1] == location[:-1]]
+    near = difflib.get_close_matches(".".join(location), siblings, n=1, cutoff=0.0)
+    elsewhere = [key for key in known if key.split(".")[-1] == location[-1]]
+    if elsewhere:
+        return f"it belongs to {', '.join(elsewhere)}"
+    return f"nearest is {near[0]}"
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """PyYAML with YAML 1.2's core schema, as DVC writes it: `1e-05` is a float, `no` is a string.
+
+    A key given twice is refused instead of the last one winning silently.
+    """
+
+    yaml_implicit_resolvers: dict = {}
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+     list("-+.0123456789")),
+):
+    _Yaml12Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+_Yaml12Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))

@@ -1,0 +1,129 @@
+"""The latent cache: what the frozen VAE and the tokenizer make of every picture and caption.
+
+It stores the VAE's posterior (mean and log-variance), not one sample of it, and where the mirror is
+wanted the mirrored picture's own encoding: latents can't be flipped.
+"""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from sdtrain.base import encoders_fingerprint
+from sdtrain.errors import InputError
+from sdtrain.files import new_folder, read_manifest, sha256_json, write_json
+from sdtrain.images import decode_rgb, square_pixels
+from sdtrain.models import load_tokenizer, load_vae, pick_device, tokenize
+from sdtrain.params import PrecomputeParams
+from sdtrain.shards import DATASET_FORMAT, LATENTS_FORMAT, SPLITS, read_dataset
+
+_SHARD_ROWS = 2048
+
+
+def precompute_latents(params: PrecomputeParams, seed: int, base: Path, dataset: Path, out: Path, metrics: Path) -> None:
+    """Encode `dataset` with the VAE and tokenizer of `base` into `out`; counts and statistics to `metrics`.
+
+    Raises:
+        InputError: the resolution doesn't suit the VAE, or an encoding isn't finite.
+    """
+    manifest = read_manifest(dataset, "dataset", DATASET_FORMAT)
+    fingerprint = encoders_fingerprint(base)
+    vae, tokenizer, device = load_vae(base), load_tokenizer(base), pick_device()
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if params.resolution % factor:
+        below, above = params.resolution // factor * factor, -(-params.resolution // factor) * factor
+        raise InputError(f"precompute.resolution = {params.resolution}: must be a multiple of {factor}, by which the "
+                         f"base's VAE reduces pictures; take {below or above} or {above}")
+    vae.to(device)
+    counts = {"num_truncated_captions": 0, "num_upscaled": 0}
+    statistics = _Statistics(vae.config.scaling_factor)
+    splits: dict[str, list[dict]] = {}
+    with new_folder(out) as folder:
+        for split in SPLITS:
+            rows, splits[split] = read_dataset(dataset, split), []
+            progress = tqdm(total=manifest["splits"][split]["num_rows"], desc=f"precompute {split}", unit="picture", disable=None)
+            while shard := list(islice(rows, _SHARD_ROWS)):
+                tensors = _encode_shard(params, seed, shard, vae, device, progress)
+                captions = [row["caption"] for row in shard]
+                tensors["input_ids"] = tokenize(tokenizer, captions)
+                statistics.add(tensors)
+                lengths = tokenizer(captions, truncation=False, verbose=False).input_ids
+                counts["num_truncated_captions"] += sum(len(ids) > tokenizer.model_max_length for ids in lengths)
+                counts["num_upscaled"] += sum(min(row["width"], row["height"]) < params.resolution for row in shard)
+                name = f"{split}-{len(splits[split]):05}.safetensors"
+                save_file(tensors, folder / name, metadata={"ids": json.dumps([row["id"] for row in shard])})
+                splits[split].append({"file": name, "num_rows": len(shard)})
+            progress.close()
+        inputs = {"encoders": fingerprint, "dataset": manifest["fingerprint"], "seed": seed}
+        settings = params.model_dump(exclude={"batch_size"})
+        summary = {
+            "format_version": LATENTS_FORMAT,
+            "encoders_fingerprint": fingerprint,
+            "fingerprint": sha256_json([LATENTS_FORMAT, inputs, settings]),
+            "params": settings,
+            "shape": statistics.shape,
+            "splits": splits,
+        }
+        write_json(folder / "manifest.json", summary)
+        report = {**counts, "latents_mean": statistics.mean, "latents_std": statistics.std}
+        write_json(metrics, report)
+    print(f"latents {statistics.shape}, scaled std {statistics.std:.3f}; "
+          f"{counts['num_truncated_captions']} captions truncated to {tokenizer.model_max_length} tokens, "
+          f"{counts['num_upscaled']} pictures enlarged to {params.resolution} px")
+
+
+def _encode_shard(params: PrecomputeParams, seed: int, rows: list[dict], vae, device, progress: tqdm) -> dict[str, Tensor]:
+    parts: dict[str, list[Tensor]] = {}
+    for batch in _batches(rows, params.batch_size):
+        squares = [
+            square_pixels(decode_rgb(row["image"]), params.resolution, params.center_crop, seed, row["id"])
+            for row in batch
+        ]
+        pixels = torch.from_numpy(np.stack(squares)).to(device)
+        for suffix, view in (("", pixels), *((("_flipped", pixels.flip(-1)),) if params.random_flip else ())):
+            with torch.inference_mode():
+                posterior = vae.encode(view).latent_dist
+            for name, values in (("mean", posterior.mean), ("logvar", posterior.logvar)):
+                stored = values.half().cpu()
+                finite = stored.isfinite().flatten(1).all(1)
+                if not finite.all():
+                    bad = [row["id"] for row, ok in zip(batch, finite, strict=True) if not ok]
+                    raise InputError(f"the VAE's {name} isn't finite for {', '.join(bad)} (ids in inputs.csv); "
+                                     "remove the pictures, or take another VAE")
+                parts.setdefault(name + suffix, []).append(stored)
+        progress.update(len(batch))
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+def _batches(rows: list[dict], size: int) -> Iterator[list[dict]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+class _Statistics:
+    """Mean and standard deviation of the scaled latents, summed over shards."""
+
+    def __init__(self, scaling_factor: float) -> None:
+        self.scaling_factor, self.shape = scaling_factor, []
+        self._count, self._sum, self._squares = 0, 0.0, 0.0
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        scaled = tensors["mean"].double() * self.scaling_factor
+        self.shape = list(scaled.shape[1:])
+        self._count += scaled.numel()
+        self._sum += scaled.sum().item()
+        self._squares += scaled.square().sum().item()
+
+    @property
+    def mean(self) -> float:
+        return self._sum / self._count
+
+    @property
+    def std(self) -> float:
+        return (self._squares / self._count - self.mean**2) ** 0.5

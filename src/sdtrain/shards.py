@@ -1,0 +1,124 @@
+"""The two formats on the pipeline's way: dataset shards and latent shards.
+
+`data/dataset/`: `{split}-{n:05}.parquet` with one row a picture (columns `id`, `image`, `caption`,
+`width`, `height`), `inputs.csv` with one row for every input, and `manifest.json`.
+
+`data/latents/`: `{split}-{n:05}.safetensors` with, for N pictures, `mean` and `logvar` of the VAE's
+posterior before scaling, float16 [N, C, h, w], the same of the mirrored picture (`mean_flipped`,
+`logvar_flipped`) where it is cached, and `input_ids` int64 [N, L]; the ids of the pictures are the
+key `ids` of the file's metadata, as a JSON list. And `manifest.json`.
+
+`split` is `train` or `validation`.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sdtrain.errors import InputError
+from sdtrain.files import read_manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DATASET_FORMAT = 1
+LATENTS_FORMAT = 1
+SPLITS = ("train", "validation")
+
+_SHARD_BYTES = 256 * 2**20
+_BATCH_ROWS = 64
+_SCHEMA = pa.schema(
+    [("id", pa.string()), ("image", pa.binary()), ("caption", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
+)
+
+
+class DatasetWriter:
+    """Writes one split's pictures into parquet shards of about 256 MiB, holding 64 rows at the most."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder, self.split = folder, split
+        self.num_rows, self._num_shards, self._shard_bytes = 0, 0, 0
+        self._rows: list[dict] = []
+        self._file: pq.ParquetWriter | None = None
+        self._hash = hashlib.sha256()
+
+    def add(self, row: dict) -> None:
+        """Append a row with the columns of the format."""
+        self._rows.append(row)
+        self._hash.update(f"{row['id']}\n".encode())
+        self.num_rows += 1
+        if len(self._rows) == _BATCH_ROWS:
+            self._flush()
+
+    def close(self) -> dict:
+        """Finish the last shard; the split's entry in the manifest."""
+        self._flush()
+        if self._file:
+            self._file.close()
+        return {"num_rows": self.num_rows, "num_shards": self._num_shards, "ids_sha256": self._hash.hexdigest()}
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        if self._file is None:
+            path = self.folder / f"{self.split}-{self._num_shards:05}.parquet"
+            self._file = pq.ParquetWriter(path, _SCHEMA, compression="none")
+            self._num_shards += 1
+        self._file.write_table(pa.Table.from_pylist(self._rows, schema=_SCHEMA))
+        self._shard_bytes += sum(len(row["image"]) for row in self._rows)
+        self._rows = []
+        if self._shard_bytes >= _SHARD_BYTES:
+            self._file.close()
+            self._file, self._shard_bytes = None, 0
+
+
+def read_dataset(folder: Path, split: str) -> Iterator[dict]:
+    """Stream one split's rows in order."""
+    for shard in range(read_manifest(folder, "dataset", DATASET_FORMAT)["splits"][split]["num_shards"]):
+        for batch in pq.ParquetFile(folder / f"{split}-{shard:05}.parquet").iter_batches(batch_size=_BATCH_ROWS):
+            yield from batch.to_pylist()
+
+
+class LatentShards:
+    """One split of the latent cache, memory-mapped; rows are read by their index.
+
+    Raises:
+        InputError: the cache is missing, of another format, or was made for another base model.
+    """
+
+    def __init__(self, folder: Path, split: str, encoders_fingerprint: str) -> None:
+        from safetensors import safe_open
+
+        self.manifest = read_manifest(folder, "precompute", LATENTS_FORMAT)
+        if self.manifest["encoders_fingerprint"] != encoders_fingerprint:
+            raise InputError(
+                f"{folder} was encoded by another base model (VAE and tokenizer "
+                f"{self.manifest['encoders_fingerprint'][:12]}, the base's are {encoders_fingerprint[:12]}); "
+                "run `dvc repro precompute`"
+            )
+        shards = self.manifest["splits"][split]
+        self._files = [safe_open(folder / shard["file"], framework="pt") for shard in shards]
+        self._starts = list(itertools.accumulate((shard["num_rows"] for shard in shards), initial=0))
+        self.has_flipped = bool(shards) and "mean_flipped" in self._files[0].keys()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def ids(self) -> list[str]:
+        """The pictures' ids, in order."""
+        return [name for file in self._files for name in json.loads(file.metadata()["ids"])]
+
+    def read(self, index: int, *names: str) -> "tuple[Tensor, ...]":
+        """Tensors `names` of row `index`, floats as float32: e.g. `mean` [C, h, w], `input_ids` [L]."""
+        shard = bisect.bisect_right(self._starts, index) - 1
+        row = index - self._starts[shard]
+        found = (self._files[shard].get_slice(name)[row] for name in names)
+        return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in found)
