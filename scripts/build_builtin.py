@@ -40,7 +40,38 @@ VAE = {
     "norm_num_groups": 8,
     "sample_size": scenes.SIZE_PX,
 }
+TEXT_ENCODER = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 77,
+    "projection_dim": 128,
+}
+UNET = {
+    "sample_size": scenes.SIZE_PX // 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (64, 96),
+    "layers_per_block": 1,
+    "cross_attention_dim": TEXT_ENCODER["hidden_size"],
+    "attention_head_dim": 4,
+    "norm_num_groups": 16,
+}
+SCHEDULER = {  # Stable Diffusion 1.5's
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+    "clip_sample": False,
+    "prediction_type": "epsilon",
+}
 VAE_STEPS, VAE_BATCH, VAE_LR, VAE_KL = 7000, 8, 0.02, 1e-8
+TEXT_STEPS, TEXT_BATCH, TEXT_LR = 700, 128, 1e-3
+UNET_STEPS, UNET_BATCH, UNET_LR = 4000, 32, 0.02
 
 
 def render_world(num: int, rng: np.random.Generator, new_share: float = 0.5) -> tuple[np.ndarray, list[scenes.Scene]]:
@@ -170,6 +201,152 @@ def build_vae() -> None:
         std = vae.encode(to_pixels(world[:2048])).latent_dist.mean.std()
     vae.register_to_config(scaling_factor=round(1 / float(std), 5))
     save(vae, average, "vae", steps=VAE_STEPS, batch=VAE_BATCH, psnr_db=score, seconds=time.time() - started)
+
+
+def build_tokenizer():
+    """A CLIPTokenizer whose byte-level BPE has one token for every word of the world."""
+    from collections import Counter
+
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    text = " ".join([*scenes.COLORS, *scenes.SHAPES, *scenes.RADII_PX, *scenes.ANCHORS_PX, *scenes.STYLES])
+    words = {word: [*word[:-1], word[-1] + "</w>"] for word in sorted({*text.split(), *"a an on background".split()})}
+    merges = []
+    while pairs := Counter(pair for symbols in words.values() for pair in zip(symbols, symbols[1:], strict=False)):
+        left, right = max(sorted(pairs), key=pairs.get)
+        merges.append((left, right))
+        for word, symbols in words.items():
+            merged, place = [], 0
+            while place < len(symbols):
+                joins = symbols[place : place + 2] == [left, right]
+                merged.append(left + right if joins else symbols[place])
+                place += 2 if joins else 1
+            words[word] = merged
+    alphabet = sorted(bytes_to_unicode().values())
+    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_ENCODER["max_position_embeddings"])
+
+
+def build_text_encoder() -> None:
+    """Contrastive training (Radford et al. 2021) with a small image tower over the whole world."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = build_tokenizer()
+    rng = np.random.default_rng([SEED, 3])
+    images, drawn = render_world(12000, rng)
+    torch.manual_seed(SEED)
+    config = CLIPTextConfig(
+        **TEXT_ENCODER, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )
+    text_encoder = CLIPTextModel(config)
+    width, nn = TEXT_ENCODER["hidden_size"], torch.nn
+    image_tower = nn.Sequential(
+        nn.Conv2d(3, 32, 5, 2, 2), nn.SiLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.SiLU(), nn.Conv2d(64, 128, 3, 2, 1), nn.SiLU(),
+        nn.Conv2d(128, 128, 3, 2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(128 * 16, width),
+    )
+    both = nn.ModuleDict({"text": text_encoder, "image": image_tower, "projection": nn.Linear(width, width, bias=False)})
+    log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+    average = Average(text_encoder, decay=0.99)
+    optimizer = torch.optim.AdamW([*both.parameters(), log_scale], lr=TEXT_LR, weight_decay=0.01)
+    started = time.time()
+    for step in range(TEXT_STEPS):
+        rows = rng.integers(0, len(images), TEXT_BATCH)
+        captions = [scenes.draw_caption(drawn[row], rng) for row in rows]
+        # 77 positions in one of eight steps, so that all are trained; 24 hold any caption.
+        length = tokenizer.model_max_length if step % 8 == 0 else 24
+        ids = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        text = F.normalize(both["projection"](text_encoder(ids).pooler_output), dim=1)
+        image = F.normalize(image_tower(to_pixels(images[rows])), dim=1)
+        logits = log_scale.exp().clamp(max=100) * text @ image.T
+        same = torch.arange(TEXT_BATCH)
+        loss = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = TEXT_LR * cosine(step, TEXT_STEPS)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        average.update()
+        if (step + 1) % 100 == 0:
+            hits = (logits.argmax(1) == same).float().mean()
+            print(f"text {step + 1}: loss {loss:.4f}, retrieval of {TEXT_BATCH} {hits:.2f}, {time.time() - started:.0f} s", flush=True)
+    save(text_encoder, average, "text_encoder", steps=TEXT_STEPS, retrieval=float(hits), seconds=time.time() - started)
+    tokenizer.save_pretrained(BUILD / "tokenizer")
+
+
+def build_unet() -> None:
+    """DDPM training on KNOWN concepts only."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from sdtrain.diffusion import add_noise
+
+    vae = AutoencoderKL.from_pretrained(BUILD / "vae").requires_grad_(False)
+    text_encoder = CLIPTextModel.from_pretrained(BUILD / "text_encoder").requires_grad_(False).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(BUILD / "tokenizer")
+    rng = np.random.default_rng([SEED, 4])
+    images, drawn = render_world(10000, rng, new_share=0.0)
+    with torch.no_grad():
+        posteriors = [vae.encode(to_pixels(images[i : i + 100])).latent_dist for i in range(0, len(images), 100)]
+    mean, std = (torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "std"))
+    torch.manual_seed(SEED)
+    unet = UNet2DConditionModel(**UNET)
+    alphas_cumprod = DDPMScheduler(**SCHEDULER).alphas_cumprod
+    average = Average(unet)
+    optimizer = MuonAndAdam(unet, UNET_LR)
+    started, losses = time.time(), []
+    for step in range(UNET_STEPS):
+        rows = rng.integers(0, len(images), UNET_BATCH)
+        captions = ["" if rng.random() < 0.1 else scenes.draw_caption(drawn[row], rng) for row in rows]
+        ids = tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        latents = (mean[rows] + std[rows] * torch.randn_like(std[rows])) * vae.config.scaling_factor
+        noise, timesteps = torch.randn_like(latents), torch.randint(0, len(alphas_cumprod), (UNET_BATCH,))
+        noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
+        loss = F.mse_loss(unet(noisy_latents, timesteps, text_encoder(ids).last_hidden_state).sample, noise)
+        loss.backward()
+        optimizer.step(cosine(step, UNET_STEPS))
+        average.update()
+        losses.append(loss.item())
+        if (step + 1) % 250 == 0:
+            print(f"unet {step + 1}: loss {np.mean(losses[-250:]):.4f}, {time.time() - started:.0f} s", flush=True)
+            raw = {k: v.clone() for k, v in unet.state_dict().items()}
+            save(unet, average, "unet", steps=step + 1, loss=np.mean(losses[-250:]), seconds=time.time() - started)
+            unet.load_state_dict(raw)
+
+
+def build_assemble() -> None:
+    """Write data/builtin in fp16, load it as the pipeline does, and measure it."""
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from sdtrain.generation import generate, load_pipeline
+
+    out = ROOT / "data" / "builtin"
+    vae = AutoencoderKL.from_pretrained(BUILD / "vae")
+    StableDiffusionPipeline(
+        vae=vae.half(), text_encoder=CLIPTextModel.from_pretrained(BUILD / "text_encoder").half(),
+        tokenizer=CLIPTokenizer.from_pretrained(BUILD / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(BUILD / "unet").half(), scheduler=DDPMScheduler(**SCHEDULER),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(out)
+    pipeline = load_pipeline(out)
+    held_out = to_pixels(render_world(256, np.random.default_rng([SEED, 2]))[0])
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(held_out).latent_dist
+        scores = {"vae_psnr_db": round(psnr_db(pipeline.vae.decode(posterior.mean).sample, held_out), 2)}
+    rng = np.random.default_rng([SEED, 5])
+    wanted = [scenes.draw_scene(rng, new=False) for _ in range(200)]
+    images = generate(pipeline, [scenes.caption(s) for s in wanted], list(range(200)), num_inference_steps=25,
+                      guidance_scale=4.0, batch_size=100)
+    shown = [scenes.measure(image) for image in images]
+    for field in ("color", "shape", "size", "position", "background"):
+        right = [s is not None and getattr(s, field) == getattr(w, field) for s, w in zip(shown, wanted, strict=True)]
+        scores[f"known_{field}_accuracy"] = float(np.mean(right))
+    facts = {part: json.loads((BUILD / f"{part}.json").read_text()) for part in ("vae", "text_encoder", "unet")}
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
+    print(json.dumps({"built": facts, "measured": scores, "megabytes": round(size, 2)}, indent=2))
 
 
 if __name__ == "__main__":

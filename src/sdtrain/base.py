@@ -13,10 +13,9 @@ from pathlib import Path
 
 from sdtrain import hub
 from sdtrain.errors import InputError
-from sdtrain.files import new_folder, read_json, read_manifest, sha256_file, sha256_json, write_json
+from sdtrain.files import new_folder, read_json, sha256_file, write_json
+from sdtrain.manifests import FORMATS
 from sdtrain.params import BaseParams
-
-FORMAT_VERSION = 1
 
 _PARTS = {
     "scheduler": (("scheduler_config.json",), None),
@@ -69,15 +68,9 @@ def resolve_base(params: BaseParams, seed: int, out: Path) -> dict:
         check_fit(folder)
         write_json(folder / "model_index.json", {**_PIPELINE, "_diffusers_version": version("diffusers")})
         files = {str(p.relative_to(folder)): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-        manifest = {"format_version": FORMAT_VERSION, "sources": sources, "files": files}
+        manifest = {"format_version": FORMATS["base"], "sources": sources, "files": files}
         write_json(folder / "manifest.json", manifest)
     return manifest
-
-
-def encoders_fingerprint(base: Path) -> str:
-    """SHA-256 of what a latent cache depends on: the VAE's and the tokenizer's files."""
-    files = read_manifest(base, "base", FORMAT_VERSION)["files"]
-    return sha256_json({name: digest for name, digest in files.items() if name.startswith(("vae/", "tokenizer/"))})
 
 
 def check_fit(folder: Path) -> None:

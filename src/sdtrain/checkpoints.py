@@ -28,18 +28,24 @@ def save_checkpoint(folder: Path, unet: UNet2DConditionModel, ema: EMAModel | No
         write_json(partial / "training_config.json", {**config, "libraries": libraries})
 
 
-def load_checkpoint(folder: Path, weights: str) -> tuple[UNet2DConditionModel, dict]:
-    """The UNet of a checkpoint, `raw` or `ema`, in fp32 and frozen, and its training_config.
+def load_checkpoint(folder: Path, weights: str | None) -> tuple[UNet2DConditionModel, dict]:
+    """The UNet of a checkpoint, in fp32 and frozen, and its training_config.
+
+    Args:
+        weights: `raw` or `ema`; None takes the EMA where the checkpoint keeps one.
 
     Raises:
-        InputError: the checkpoint isn't there or keeps no EMA.
+        InputError: the checkpoint isn't there or keeps no such weights.
     """
-    if not (folder / "training_config.json").exists():
+    if not is_checkpoint(folder):
         raise InputError(f"{folder}: no checkpoint here (it lacks training_config.json); run `dvc repro train`")
+    if weights is None:
+        weights = "ema" if (folder / _FOLDERS["ema"]).exists() else "raw"
     if not (folder / _FOLDERS[weights]).exists():
         raise InputError(f"{folder}: keeps no {weights} weights; use 'raw', or train with train.use_ema: true")
     return load_unet(folder / _FOLDERS[weights]), read_json(folder / "training_config.json")
 
 
 def is_checkpoint(folder: Path) -> bool:
-    return (folder / "training_config.json").exists()
+    """Whether the folder is one that `save_checkpoint` wrote; an exported model isn't."""
+    return (folder / "training_config.json").exists() and not (folder / "model_index.json").exists()

@@ -23,8 +23,9 @@ from sdtrain import hub, randomness, scenes
 from sdtrain.errors import InputError
 from sdtrain.files import new_folder, sha256_json, write_json
 from sdtrain.images import BadPicture, clean_picture
+from sdtrain.manifests import FORMATS
 from sdtrain.params import DatasetParams
-from sdtrain.shards import DATASET_FORMAT, SPLITS, DatasetWriter
+from sdtrain.shards import SPLITS, DatasetWriter
 
 if TYPE_CHECKING:
     import datasets
@@ -90,11 +91,11 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
         reasons = dict(sorted(outcomes.items()))
         _must_have_pictures(splits, reasons, params)
         manifest = {
-            "format_version": DATASET_FORMAT,
+            "format_version": FORMATS["dataset"],
             "source": source.record,
             "splits": splits,
             "dropped": reasons,
-            "fingerprint": sha256_json([DATASET_FORMAT, splits]),
+            "fingerprint": sha256_json([FORMATS["dataset"], splits]),
         }
         write_json(folder / "manifest.json", manifest)
         counts = {f"num_{split}": splits[split]["num_rows"] for split in SPLITS}

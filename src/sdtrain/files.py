@@ -55,24 +55,6 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: not valid JSON: {error}") from None
 
 
-def read_manifest(folder: Path, stage: str, format_version: int) -> dict:
-    """The manifest that a stage left in its folder, checked for its format.
-
-    Raises:
-        InputError: the folder is missing, or was written in another format than this code reads.
-    """
-    path = folder / "manifest.json"
-    if not path.exists():
-        raise InputError(f"{folder} has no manifest.json: run the stage that writes it, `dvc repro {stage}`")
-    manifest = read_json(path)
-    if manifest.get("format_version") != format_version:
-        raise InputError(
-            f"{path}: format_version {manifest.get('format_version')}, this code reads {format_version}; "
-            f"run `dvc repro {stage}`"
-        )
-    return manifest
-
-
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:

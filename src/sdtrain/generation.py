@@ -8,7 +8,8 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdtrain.diffusion import PredictionType
-from sdtrain.models import load_scheduler, load_text_encoder, load_tokenizer, load_vae
+from sdtrain.errors import InputError
+from sdtrain.models import load_scheduler, load_text_encoder, load_tokenizer, load_vae, pick_device
 
 
 def build_pipeline(
@@ -16,14 +17,28 @@ def build_pipeline(
     vae: AutoencoderKL | None = None, text_encoder: CLIPTextModel | None = None, tokenizer: CLIPTokenizer | None = None,
 ) -> StableDiffusionPipeline:
     """A pipeline of the base's parts around `unet`; parts that are loaded already can be handed in."""
+    scheduler = load_scheduler(base)
     pipeline = StableDiffusionPipeline(
         vae=vae or load_vae(base), text_encoder=text_encoder or load_text_encoder(base),
         tokenizer=tokenizer or load_tokenizer(base), unet=unet,
-        scheduler=type(load_scheduler(base)).from_config(load_scheduler(base).config, prediction_type=prediction_type),
+        scheduler=type(scheduler).from_config(scheduler.config, prediction_type=prediction_type),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_pipeline(folder: Path) -> StableDiffusionPipeline:
+    """The pipeline of a Diffusers folder in fp32, on the accelerator where there is one.
+
+    Raises:
+        InputError: the folder isn't a Diffusers model.
+    """
+    if not (folder / "model_index.json").exists():
+        raise InputError(f"{folder}: not a Diffusers model (it lacks model_index.json)")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(pick_device())
 
 
 def generate(

@@ -14,7 +14,7 @@ def pick_device() -> torch.device:
 
 
 def load_vae(base: Path) -> AutoencoderKL:
-    return _frozen(AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32))
+    return _frozen(AutoencoderKL.from_pretrained(base, subfolder="vae", dtype=torch.float32))
 
 
 def load_text_encoder(base: Path) -> CLIPTextModel:
@@ -27,7 +27,7 @@ def load_tokenizer(base: Path) -> CLIPTokenizer:
 
 def load_unet(folder: Path) -> UNet2DConditionModel:
     """The UNet whose config and weights lie in `folder` itself."""
-    return _frozen(UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32))
+    return _frozen(UNet2DConditionModel.from_pretrained(folder, dtype=torch.float32))
 
 
 def load_scheduler(base: Path) -> DDPMScheduler:

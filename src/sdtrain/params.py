@@ -6,6 +6,7 @@ model loads. Code holds no second default: all keys must be present.
 
 import difflib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -239,12 +240,13 @@ def check_params(tree: object, name: str = "params.yaml") -> Params:
     """Type and check a tree of params as YAML gives it; raises as `load_params`."""
     if not isinstance(tree, dict):
         raise InputError(f"{name}: expected a mapping of sections, got {type(tree).__name__}")
-    params, faults = None, []
+    params, details = None, []
     try:
         params = Params.model_validate(tree)
     except ValidationError as error:
-        faults += [_describe(detail, tree) for detail in error.errors()]
-    faults += _combination_faults(tree)
+        details = error.errors()
+    view = _View(tree, faulty={tuple(map(str, detail["loc"])) for detail in details})
+    faults = [_describe(detail) for detail in details] + [fault for rule in _RULES if (fault := view.ask(rule))]
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise InputError("\n".join([f"{name} has {count}:", *(f"  {fault}" for fault in faults)]))
@@ -252,51 +254,93 @@ def check_params(tree: object, name: str = "params.yaml") -> Params:
     return params
 
 
-def _combination_faults(tree: dict) -> list[str]:
-    """Faults that no single field shows. A rule is skipped where a section it needs is faulty itself."""
+class _View:
+    """A params tree by attribute, of which only sound fields can be read."""
 
-    def section(name: str) -> Any:
+    class Faulty(Exception):
+        """The field is missing or faulty itself."""
+
+    def __init__(self, tree: dict, faulty: set[tuple[str, ...]], place: tuple[str, ...] = ()) -> None:
+        self._tree, self._faulty, self._place = tree, faulty, place
+
+    def __getattr__(self, key: str) -> Any:
+        place = (*self._place, key)
+        if key not in self._tree or place in self._faulty:
+            raise _View.Faulty
+        value = self._tree[key]
+        return _View(value, self._faulty, place) if isinstance(value, dict) and len(place) == 1 else value
+
+    def ask(self, rule: "_Rule") -> str | None:
+        """The fault that a rule finds; None where it finds none, or needs a field that is faulty itself."""
         try:
-            return Params.model_fields[name].annotation.model_validate(tree.get(name))
-        except ValidationError:
+            return rule(self)
+        except _View.Faulty:
             return None
 
-    base, dataset, train, export = (section(name) for name in ("base", "dataset", "train", "export"))
-    faults = []
-    if base:
-        if base.source == "hub" and not base.repo:
-            faults.append("base.repo = null: base.source = 'hub' needs a repository, owner/name")
-        for part in ("vae", "text_encoder"):
-            if getattr(base, f"{part}_revision") and not getattr(base, f"{part}_repo"):
-                value = getattr(base, f"{part}_revision")
-                faults.append(f"base.{part}_revision = {value!r}: has no effect without base.{part}_repo")
-    if dataset and dataset.source == "hub" and not dataset.repo:
-        faults.append("dataset.repo = null: dataset.source = 'hub' needs a repository, owner/name")
-    if train:
-        if (train.max_steps is None) == (train.max_epochs is None):
-            faults.append(
-                f"train.max_steps = {train.max_steps}, train.max_epochs = {train.max_epochs}: "
-                "give exactly one, and null for the other"
-            )
-        if train.batch_size % train.micro_batch_size:
-            faults.append(
-                f"train.micro_batch_size = {train.micro_batch_size}: must divide train.batch_size = {train.batch_size}"
-            )
-        if train.lr_warmup_steps and train.lr_scheduler == "constant":
-            faults.append(
-                f"train.lr_warmup_steps = {train.lr_warmup_steps}: train.lr_scheduler = 'constant' has no warm-up; "
-                "use 'constant_with_warmup', or 0"
-            )
-        if train.max_steps and train.lr_warmup_steps >= train.max_steps:
-            faults.append(
-                f"train.lr_warmup_steps = {train.lr_warmup_steps}: must be below train.max_steps = {train.max_steps}"
-            )
-    if train and export and export.weights == "ema" and not train.use_ema:
-        faults.append("export.weights = 'ema': train.use_ema = false keeps no EMA; use 'raw', or train.use_ema: true")
-    return faults
+
+_Rule = Callable[[_View], str | None]
 
 
-def _describe(detail: ErrorDetails, tree: dict) -> str:
+def _hub_needs_repo(section: str) -> _Rule:
+    def rule(p: _View) -> str | None:
+        if getattr(p, section).source == "hub" and getattr(p, section).repo is None:
+            return f"{section}.repo = None: {section}.source = 'hub' needs a repository, owner/name"
+
+    return rule
+
+
+def _revision_needs_repo(part: str) -> _Rule:
+    def rule(p: _View) -> str | None:
+        revision = getattr(p.base, f"{part}_revision")
+        if revision is not None and getattr(p.base, f"{part}_repo") is None:
+            return f"base.{part}_revision = {revision!r}: has no effect without base.{part}_repo"
+
+    return rule
+
+
+def _steps_or_epochs(p: _View) -> str | None:
+    steps, epochs = p.train.max_steps, p.train.max_epochs
+    if (steps is None) == (epochs is None):
+        return f"train.max_steps = {steps}, train.max_epochs = {epochs}: give exactly one, and null for the other"
+
+
+def _micro_batch_divides(p: _View) -> str | None:
+    micro, whole = p.train.micro_batch_size, p.train.batch_size
+    if whole % micro:
+        return f"train.micro_batch_size = {micro}: must divide train.batch_size = {whole}"
+
+
+def _constant_has_no_warmup(p: _View) -> str | None:
+    if p.train.lr_warmup_steps and p.train.lr_scheduler == "constant":
+        return (f"train.lr_warmup_steps = {p.train.lr_warmup_steps}: train.lr_scheduler = 'constant' has no warm-up; "
+                "use 'constant_with_warmup', or 0")
+
+
+def _warmup_ends(p: _View) -> str | None:
+    warmup, steps = p.train.lr_warmup_steps, p.train.max_steps
+    if steps is not None and warmup >= steps:
+        return f"train.lr_warmup_steps = {warmup}: must be below train.max_steps = {steps}"
+
+
+def _export_has_weights(p: _View) -> str | None:
+    if p.export.weights == "ema" and not p.train.use_ema:
+        return "export.weights = 'ema': train.use_ema = False keeps no EMA; use 'raw', or train.use_ema: true"
+
+
+def _captions_survive_the_flip(p: _View) -> str | None:
+    if p.dataset.source == "generated" and p.precompute.random_flip:
+        return ("precompute.random_flip = True: the captions of dataset.source = 'generated' say left and right, "
+                "which a mirror makes false; use false")
+
+
+_RULES: tuple[_Rule, ...] = (
+    _hub_needs_repo("base"), _hub_needs_repo("dataset"), _revision_needs_repo("vae"),
+    _revision_needs_repo("text_encoder"), _steps_or_epochs, _micro_batch_divides, _constant_has_no_warmup,
+    _warmup_ends, _export_has_weights, _captions_survive_the_flip,
+)  # fmt: skip
+
+
+def _describe(detail: ErrorDetails) -> str:
     """One fault in one line: `train.lrr = 0.1: unknown key; nearest is train.lr`."""
     location = [str(part) for part in detail["loc"]]
     key, value = ".".join(location), detail["input"]
@@ -313,14 +357,16 @@ def _describe(detail: ErrorDetails, tree: dict) -> str:
 
 
 def _nearest_key(location: list[str]) -> str:
-    known = [f"{name}.{field}" for name, info in Params.model_fields.items() if name != "seed"
-             for field in info.annotation.model_fields] + list(Params.model_fields)
-    siblings = [key for key in known if key.split(".")[:-1] == location[:-1]]
-    near = difflib.get_close_matches(".".join(location), siblings, n=1, cutoff=0.0)
-    elsewhere = [key for key in known if key.split(".")[-1] == location[-1]]
+    *parents, name = location
+    sections = {key: info.annotation.model_fields for key, info in Params.model_fields.items() if key != "seed"}
+    siblings = list(sections[parents[0]]) if parents else list(Params.model_fields)
+    near = difflib.get_close_matches(name, siblings, n=1)
+    elsewhere = [f"{key}.{name}" for key, fields in sections.items() if name in fields]
+    if near:
+        return f"nearest is {'.'.join([*parents, near[0]])}"
     if elsewhere:
-        return f"it belongs to {', '.join(elsewhere)}"
-    return f"nearest is {near[0]}"
+        return f"nearest is {', '.join(elsewhere)}"
+    return f"there are {', '.join(siblings)}"
 
 
 class _Yaml12Loader(yaml.SafeLoader):

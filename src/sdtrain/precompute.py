@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sdtrain.base import encoders_fingerprint
 from sdtrain.errors import InputError
-from sdtrain.files import new_folder, read_manifest, sha256_json, write_json
+from sdtrain.files import new_folder, sha256_json, write_json
 from sdtrain.images import decode_rgb, square_pixels
+from sdtrain.manifests import FORMATS, encoders_fingerprint, read_manifest
 from sdtrain.models import load_tokenizer, load_vae, pick_device, tokenize
 from sdtrain.params import PrecomputeParams
-from sdtrain.shards import DATASET_FORMAT, LATENTS_FORMAT, SPLITS, read_dataset
+from sdtrain.shards import SPLITS, read_dataset
 
 _SHARD_ROWS = 2048
 
@@ -32,7 +32,7 @@ def precompute_latents(params: PrecomputeParams, seed: int, base: Path, dataset:
     Raises:
         InputError: the resolution doesn't suit the VAE, or an encoding isn't finite.
     """
-    manifest = read_manifest(dataset, "dataset", DATASET_FORMAT)
+    manifest = read_manifest(dataset, "dataset")
     fingerprint = encoders_fingerprint(base)
     vae, tokenizer, device = load_vae(base), load_tokenizer(base), pick_device()
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -63,9 +63,9 @@ def precompute_latents(params: PrecomputeParams, seed: int, base: Path, dataset:
         inputs = {"encoders": fingerprint, "dataset": manifest["fingerprint"], "seed": seed}
         settings = params.model_dump(exclude={"batch_size"})
         summary = {
-            "format_version": LATENTS_FORMAT,
+            "format_version": FORMATS["latents"],
             "encoders_fingerprint": fingerprint,
-            "fingerprint": sha256_json([LATENTS_FORMAT, inputs, settings]),
+            "fingerprint": sha256_json([FORMATS["latents"], inputs, settings]),
             "params": settings,
             "shape": statistics.shape,
             "splits": splits,
@@ -98,7 +98,7 @@ def _encode_shard(params: PrecomputeParams, seed: int, rows: list[dict], vae, de
                                      "remove the pictures, or take another VAE")
                 parts.setdefault(name + suffix, []).append(stored)
         progress.update(len(batch))
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+    return {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
 
 
 def _batches(rows: list[dict], size: int) -> Iterator[list[dict]]:

@@ -23,13 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdtrain.errors import InputError
-from sdtrain.files import read_manifest
+from sdtrain.manifests import read_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-DATASET_FORMAT = 1
-LATENTS_FORMAT = 1
 SPLITS = ("train", "validation")
 
 _SHARD_BYTES = 256 * 2**20
@@ -81,7 +79,7 @@ class DatasetWriter:
 
 def read_dataset(folder: Path, split: str) -> Iterator[dict]:
     """Stream one split's rows in order."""
-    for shard in range(read_manifest(folder, "dataset", DATASET_FORMAT)["splits"][split]["num_shards"]):
+    for shard in range(read_manifest(folder, "dataset")["splits"][split]["num_shards"]):
         for batch in pq.ParquetFile(folder / f"{split}-{shard:05}.parquet").iter_batches(batch_size=_BATCH_ROWS):
             yield from batch.to_pylist()
 
@@ -96,7 +94,7 @@ class LatentShards:
     def __init__(self, folder: Path, split: str, encoders_fingerprint: str) -> None:
         from safetensors import safe_open
 
-        self.manifest = read_manifest(folder, "precompute", LATENTS_FORMAT)
+        self.manifest = read_manifest(folder, "latents")
         if self.manifest["encoders_fingerprint"] != encoders_fingerprint:
             raise InputError(
                 f"{folder} was encoded by another base model (VAE and tokenizer "

@@ -20,7 +20,6 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from sdtrain.base import encoders_fingerprint
 from sdtrain.batches import Batch, BatchMaker
 from sdtrain.checkpoints import save_checkpoint
 from sdtrain.diffusion import PredictionType, add_noise, target
@@ -29,6 +28,7 @@ from sdtrain.errors import InputError
 from sdtrain.files import new_folder, write_json
 from sdtrain.generation import build_pipeline, generate
 from sdtrain.heldout import HeldOut
+from sdtrain.manifests import encoders_fingerprint
 from sdtrain.models import load_scheduler, load_text_encoder, load_tokenizer, load_unet, load_vae, tokenize
 from sdtrain.params import TrainParams, ValidationParams
 from sdtrain.shards import LatentShards

@@ -1,0 +1,29 @@
+# `make` alone lists the targets. Only Python 3.11+, git and make are needed.
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test lint clean
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+setup: $(VENV)/.installed  ## Make .venv and install what constraints.txt pins
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+repro: setup  ## Run the pipeline that params.yaml describes
+	dvc repro
+
+test: setup  ## Check style, layers and types of input; run the tests
+	ruff check .
+	python -m pytest
+
+clean:  ## Remove .venv and TensorBoard's runs; data and the DVC cache stay
+	rm -rf $(VENV) runs

@@ -1,0 +1,88 @@
+"""The trained model as stock Diffusers loads it, compared with the training weights before it stays."""
+
+import os
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from sdtrain import __version__
+from sdtrain.checkpoints import load_checkpoint
+from sdtrain.files import new_folder, read_json, write_json, write_text
+from sdtrain.generation import build_pipeline
+from sdtrain.params import ExportParams
+
+_TOLERANCE = {"fp32": 0.0, "fp16": 2e-2}
+"""Relative error allowed between the checkpoint's and the exported UNet's output."""
+
+
+def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path) -> None:
+    """Write `out`, a Diffusers folder with the chosen checkpoint's UNet and the base's other parts.
+
+    Raises:
+        InputError: the checkpoint is missing, or keeps no such weights.
+        AssertionError: what was written doesn't compute what the checkpoint computes.
+    """
+    unet, config = load_checkpoint(checkpoints / params.checkpoint, params.weights)
+    pipeline = build_pipeline(base, unet, config["params"]["prediction_type"])
+    probe = _probe(unet)
+    with torch.inference_mode():
+        expected = unet(**probe).sample
+    with new_folder(out) as folder:
+        pipeline.to(dtype=torch.float16 if params.dtype == "fp16" else torch.float32)
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        write_json(folder / "training_config.json", {**config, "export": params.model_dump()})
+        write_text(folder / "README.md", _model_card(params, config, read_json(base / "manifest.json")))
+        loaded = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).unet.eval()
+        with torch.inference_mode():
+            difference = ((loaded(**probe).sample - expected).norm() / expected.norm()).item()
+        assert difference <= _TOLERANCE[params.dtype], (
+            f"the exported UNet's output differs from the checkpoint's by {difference:.2e} (relative), "
+            f"{_TOLERANCE[params.dtype]:.0e} is allowed for {params.dtype}"
+        )
+        size_mib = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
+    print(f"{os.fspath(out)}: {params.weights} weights of step {config['step']}, {size_mib:.1f} MiB, "
+          f"reloaded output differs by {difference:.1e}")
+
+
+def _probe(unet: UNet2DConditionModel) -> dict:
+    """Fixed inputs for one forward pass of two rows."""
+    rng = torch.Generator().manual_seed(0)
+    size = unet.config.sample_size
+    return {
+        "sample": torch.randn(2, unet.config.in_channels, size, size, generator=rng),
+        "timestep": torch.tensor([10, 900]),
+        "encoder_hidden_states": torch.randn(2, 77, unet.config.cross_attention_dim, generator=rng),
+    }
+
+
+def _model_card(params: ExportParams, config: dict, base: dict) -> str:
+    origin = "\n".join(f"- {', '.join(s['parts'])}: " + _origin(s) for s in base["sources"])
+    train = config["params"]
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# Fine-tuned with sdtrain {__version__}
+
+The UNet was trained for {config['step']} of {config['num_steps']} steps on {config['num_train']} pictures, effective
+batch {train['batch_size']}, learning rate {train['lr']:g} ({train['lr_scheduler']}), {train['prediction_type']}
+prediction, seed {config['seed']}; held-out loss {config['validation_loss']:.5f}. These are its {params.weights} weights.
+`training_config.json` holds every setting.
+
+Base:
+{origin}
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
+pipeline("a prompt").images[0].save("picture.png")
+```
+"""
+
+
+def _origin(source: dict) -> str:
+    if "repo" in source:
+        return f"{source['repo']} at commit {source['commit']}"
+    return f"from scratch, seed {source['seed']}" if "unet_config" in source else f"local folder {source['path']}"

@@ -1,0 +1,15 @@
+"""Gather the base model: data/base."""
+
+from stages import paths, run
+
+from sdtrain.base import resolve_base
+from sdtrain.params import load_params
+
+
+def main() -> None:
+    params = load_params(paths.PARAMS)
+    resolve_base(params.base, params.seed, out=paths.BASE)
+
+
+if __name__ == "__main__":
+    run(main)

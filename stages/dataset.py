@@ -1,0 +1,15 @@
+"""Read, check and split the captioned pictures: data/dataset."""
+
+from stages import paths, run
+
+from sdtrain.dataset import build_dataset
+from sdtrain.params import load_params
+
+
+def main() -> None:
+    params = load_params(paths.PARAMS)
+    build_dataset(params.dataset, params.seed, out=paths.DATASET, metrics=paths.DATASET_METRICS)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,25 @@
+"""Compare the trained model with its base on held-out data: metrics/evaluate.json."""
+
+from stages import paths, run
+
+from sdtrain.evaluate import evaluate_model
+from sdtrain.params import load_params
+
+
+def main() -> None:
+    params = load_params(paths.PARAMS)
+    evaluate_model(
+        params.evaluate,
+        params.seed,
+        base=paths.BASE,
+        model=paths.MODEL,
+        dataset=paths.DATASET,
+        latents=paths.LATENTS,
+        metrics=paths.EVALUATE_METRICS,
+        loss_table=paths.LOSS_TABLE,
+        accuracy_table=paths.ACCURACY_TABLE,
+    )
+
+
+if __name__ == "__main__":
+    run(main)

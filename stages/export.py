@@ -1,0 +1,15 @@
+"""Make the chosen checkpoint a Diffusers model: data/model."""
+
+from stages import paths, run
+
+from sdtrain.export import export_model
+from sdtrain.params import load_params
+
+
+def main() -> None:
+    params = load_params(paths.PARAMS)
+    export_model(params.export, base=paths.BASE, checkpoints=paths.CHECKPOINTS, out=paths.MODEL)
+
+
+if __name__ == "__main__":
+    run(main)

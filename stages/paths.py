@@ -1,0 +1,25 @@
+"""Every path of the pipeline. Each is a dep or an out in dvc.yaml, which a test compares with their use."""
+
+import os
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+
+BASE = Path("data/base")
+DATASET = Path("data/dataset")
+LATENTS = Path("data/latents")
+CHECKPOINTS = Path("data/checkpoints")
+MODEL = Path("data/model")
+SAMPLES = Path("data/samples")
+
+DATASET_METRICS = Path("metrics/dataset.json")
+PRECOMPUTE_METRICS = Path("metrics/precompute.json")
+TRAIN_METRICS = Path("metrics/train.json")
+TRAIN_CURVE = Path("metrics/train.csv")
+VALIDATION_CURVE = Path("metrics/validation.csv")
+EVALUATE_METRICS = Path("metrics/evaluate.json")
+LOSS_TABLE = Path("metrics/loss_by_timestep.csv")
+ACCURACY_TABLE = Path("metrics/prompt_accuracy.csv")
+
+RUNS = Path(os.environ.get("DVC_ROOT", ".")) / "runs"
+"""TensorBoard's folder. Not an out: it is the project's own even while a `--temp` run works elsewhere."""

@@ -1,0 +1,22 @@
+"""Encode pictures with the VAE and captions with the tokenizer: data/latents."""
+
+from stages import paths, run
+
+from sdtrain.params import load_params
+from sdtrain.precompute import precompute_latents
+
+
+def main() -> None:
+    params = load_params(paths.PARAMS)
+    precompute_latents(
+        params.precompute,
+        params.seed,
+        base=paths.BASE,
+        dataset=paths.DATASET,
+        out=paths.LATENTS,
+        metrics=paths.PRECOMPUTE_METRICS,
+    )
+
+
+if __name__ == "__main__":
+    run(main)

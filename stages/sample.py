@@ -1,0 +1,15 @@
+"""Draw the grid of base and trained pictures: data/samples/grid.png."""
+
+from stages import paths, run
+
+from sdtrain.params import load_params
+from sdtrain.sample import sample_grid
+
+
+def main() -> None:
+    params = load_params(paths.PARAMS)
+    sample_grid(params.sample, params.seed, base=paths.BASE, model=paths.MODEL, out=paths.SAMPLES)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,26 @@
+"""Fine-tune the UNet on the cached latents: data/checkpoints."""
+
+from stages import paths, run
+
+from sdtrain.params import load_params
+from sdtrain.train import train_unet
+
+
+def main() -> None:
+    params = load_params(paths.PARAMS)
+    train_unet(
+        params.train,
+        params.validation,
+        params.seed,
+        base=paths.BASE,
+        latents=paths.LATENTS,
+        out=paths.CHECKPOINTS,
+        metrics=paths.TRAIN_METRICS,
+        train_curve=paths.TRAIN_CURVE,
+        validation_curve=paths.VALIDATION_CURVE,
+        runs=paths.RUNS,
+    )
+
+
+if __name__ == "__main__":
+    run(main)
