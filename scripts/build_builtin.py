@@ -69,7 +69,7 @@ SCHEDULER = {  # Stable Diffusion 1.5's
     "clip_sample": False,
     "prediction_type": "epsilon",
 }
-VAE_STEPS, VAE_BATCH, VAE_LR, VAE_KL = 7000, 8, 0.02, 1e-8
+VAE_STEPS, VAE_DECAY_STEPS, VAE_BATCH, VAE_LR, VAE_KL = 3000, 7000, 8, 0.02, 1e-8
 TEXT_STEPS, TEXT_BATCH, TEXT_LR = 700, 128, 1e-3
 UNET_STEPS, UNET_BATCH, UNET_LR = 4000, 32, 0.02
 
@@ -135,8 +135,11 @@ class MuonAndAdam:
     where AdamW reached 16.6 dB, after 400 steps of the VAE."""
 
     def __init__(self, module, lr: float, adam_lr: float = 2e-3, exclude: tuple = ()):
-        kernels = [p for p in module.parameters() if p.ndim >= 2 and p.shape[0] > 4 and p[0].numel() > 4
-                   and not any(p is q for q in exclude)]
+        kernels = [
+            p
+            for p in module.parameters()
+            if p.ndim >= 2 and p.shape[0] > 4 and p[0].numel() > 4 and not any(p is q for q in exclude)
+        ]
         self.pairs = [(torch.nn.Parameter(p.data.view(p.shape[0], -1)), p) for p in kernels]
         rest = [p for p in module.parameters() if not any(p is q for q in kernels)]
         self.muon = torch.optim.Muon([matrix for matrix, _ in self.pairs], lr=lr, weight_decay=0.0, momentum=0.95)
@@ -175,7 +178,7 @@ def build_vae() -> None:
     torch.manual_seed(SEED)
     vae = AutoencoderKL(**VAE)
     with torch.no_grad():
-        vae.quant_conv.bias[VAE["latent_channels"]:] = -6  # a posterior that starts narrow learns sooner
+        vae.quant_conv.bias[VAE["latent_channels"] :] = -6  # a posterior that starts narrow learns sooner
     average = Average(vae)
     optimizer = MuonAndAdam(vae, VAE_LR)
     started = time.time()
@@ -184,7 +187,7 @@ def build_vae() -> None:
         posterior = vae.encode(pixels).latent_dist
         loss = F.mse_loss(vae.decode(posterior.sample()).sample, pixels) + VAE_KL * posterior.kl().mean()
         loss.backward()
-        optimizer.step(cosine(step, VAE_STEPS))
+        optimizer.step(cosine(step, VAE_DECAY_STEPS))  # ends early: the average has settled
         average.update()
         if (step + 1) % 500 == 0:
             raw = {k: v.clone() for k, v in vae.state_dict().items()}
@@ -192,8 +195,11 @@ def build_vae() -> None:
             with torch.no_grad():
                 posterior = vae.encode(held_out).latent_dist
                 score = psnr_db(vae.decode(posterior.mean).sample, held_out)
-            print(f"vae {step + 1}: loss {loss:.5f} held-out {score:.2f} dB, latents std {posterior.mean.std():.3f}, "
-                  f"noise {posterior.std.mean():.4f}, {time.time() - started:.0f} s", flush=True)
+            print(
+                f"vae {step + 1}: loss {loss:.5f} held-out {score:.2f} dB, latents std {posterior.mean.std():.3f}, "
+                f"noise {posterior.std.mean():.4f}, {time.time() - started:.0f} s",
+                flush=True,
+            )
             vae.save_pretrained(BUILD / "vae")
             vae.load_state_dict(raw)
     vae.load_state_dict(average.shadow)
@@ -206,14 +212,15 @@ def build_vae() -> None:
 def build_tokenizer():
     """A CLIPTokenizer whose byte-level BPE has one token for every word of the world."""
     from collections import Counter
+    from itertools import pairwise
 
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     text = " ".join([*scenes.COLORS, *scenes.SHAPES, *scenes.RADII_PX, *scenes.ANCHORS_PX, *scenes.STYLES])
-    words = {word: [*word[:-1], word[-1] + "</w>"] for word in sorted({*text.split(), *"a an on background".split()})}
+    words = {word: [*word[:-1], word[-1] + "</w>"] for word in sorted({*text.split(), "a", "an", "on", "background"})}
     merges = []
-    while pairs := Counter(pair for symbols in words.values() for pair in zip(symbols, symbols[1:], strict=False)):
+    while pairs := Counter(pair for symbols in words.values() for pair in pairwise(symbols)):
         left, right = max(sorted(pairs), key=pairs.get)
         merges.append((left, right))
         for word, symbols in words.items():
@@ -224,7 +231,13 @@ def build_tokenizer():
                 place += 2 if joins else 1
             words[word] = merged
     alphabet = sorted(bytes_to_unicode().values())
-    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [
+        *alphabet,
+        *(c + "</w>" for c in alphabet),
+        *(a + b for a, b in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     vocab = {token: number for number, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_ENCODER["max_position_embeddings"])
 
@@ -238,16 +251,29 @@ def build_text_encoder() -> None:
     images, drawn = render_world(12000, rng)
     torch.manual_seed(SEED)
     config = CLIPTextConfig(
-        **TEXT_ENCODER, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        **TEXT_ENCODER,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     text_encoder = CLIPTextModel(config)
     width, nn = TEXT_ENCODER["hidden_size"], torch.nn
     image_tower = nn.Sequential(
-        nn.Conv2d(3, 32, 5, 2, 2), nn.SiLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.SiLU(), nn.Conv2d(64, 128, 3, 2, 1), nn.SiLU(),
-        nn.Conv2d(128, 128, 3, 2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(128 * 16, width),
+        nn.Conv2d(3, 32, 5, 2, 2),
+        nn.SiLU(),
+        nn.Conv2d(32, 64, 3, 2, 1),
+        nn.SiLU(),
+        nn.Conv2d(64, 128, 3, 2, 1),
+        nn.SiLU(),
+        nn.Conv2d(128, 128, 3, 2, 1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(128 * 16, width),
     )
-    both = nn.ModuleDict({"text": text_encoder, "image": image_tower, "projection": nn.Linear(width, width, bias=False)})
+    both = nn.ModuleDict(
+        {"text": text_encoder, "image": image_tower, "projection": nn.Linear(width, width, bias=False)}
+    )
     log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
     average = Average(text_encoder, decay=0.99)
     optimizer = torch.optim.AdamW([*both.parameters(), log_scale], lr=TEXT_LR, weight_decay=0.01)
@@ -257,7 +283,9 @@ def build_text_encoder() -> None:
         captions = [scenes.draw_caption(drawn[row], rng) for row in rows]
         # 77 positions in one of eight steps, so that all are trained; 24 hold any caption.
         length = tokenizer.model_max_length if step % 8 == 0 else 24
-        ids = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
         text = F.normalize(both["projection"](text_encoder(ids).pooler_output), dim=1)
         image = F.normalize(image_tower(to_pixels(images[rows])), dim=1)
         logits = log_scale.exp().clamp(max=100) * text @ image.T
@@ -271,7 +299,10 @@ def build_text_encoder() -> None:
         average.update()
         if (step + 1) % 100 == 0:
             hits = (logits.argmax(1) == same).float().mean()
-            print(f"text {step + 1}: loss {loss:.4f}, retrieval of {TEXT_BATCH} {hits:.2f}, {time.time() - started:.0f} s", flush=True)
+            print(
+                f"text {step + 1}: loss {loss:.4f}, retrieval {hits:.2f}, {time.time() - started:.0f} s",
+                flush=True,
+            )
     save(text_encoder, average, "text_encoder", steps=TEXT_STEPS, retrieval=float(hits), seconds=time.time() - started)
     tokenizer.save_pretrained(BUILD / "tokenizer")
 
@@ -326,10 +357,14 @@ def build_assemble() -> None:
     out = ROOT / "data" / "builtin"
     vae = AutoencoderKL.from_pretrained(BUILD / "vae")
     StableDiffusionPipeline(
-        vae=vae.half(), text_encoder=CLIPTextModel.from_pretrained(BUILD / "text_encoder").half(),
+        vae=vae.half(),
+        text_encoder=CLIPTextModel.from_pretrained(BUILD / "text_encoder").half(),
         tokenizer=CLIPTokenizer.from_pretrained(BUILD / "tokenizer"),
-        unet=UNet2DConditionModel.from_pretrained(BUILD / "unet").half(), scheduler=DDPMScheduler(**SCHEDULER),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        unet=UNet2DConditionModel.from_pretrained(BUILD / "unet").half(),
+        scheduler=DDPMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     ).save_pretrained(out)
     pipeline = load_pipeline(out)
     held_out = to_pixels(render_world(256, np.random.default_rng([SEED, 2]))[0])
@@ -338,8 +373,14 @@ def build_assemble() -> None:
         scores = {"vae_psnr_db": round(psnr_db(pipeline.vae.decode(posterior.mean).sample, held_out), 2)}
     rng = np.random.default_rng([SEED, 5])
     wanted = [scenes.draw_scene(rng, new=False) for _ in range(200)]
-    images = generate(pipeline, [scenes.caption(s) for s in wanted], list(range(200)), num_inference_steps=25,
-                      guidance_scale=4.0, batch_size=100)
+    images = generate(
+        pipeline,
+        [scenes.caption(s) for s in wanted],
+        list(range(200)),
+        num_inference_steps=25,
+        guidance_scale=4.0,
+        batch_size=100,
+    )
     shown = [scenes.measure(image) for image in images]
     for field in ("color", "shape", "size", "position", "background"):
         right = [s is not None and getattr(s, field) == getattr(w, field) for s, w in zip(shown, wanted, strict=True)]

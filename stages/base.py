@@ -1,9 +1,8 @@
 """Gather the base model: data/base."""
 
-from stages import paths, run
-
 from sdtrain.base import resolve_base
 from sdtrain.params import load_params
+from stages import paths, run
 
 
 def main() -> None:

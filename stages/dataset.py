@@ -1,9 +1,8 @@
 """Read, check and split the captioned pictures: data/dataset."""
 
-from stages import paths, run
-
 from sdtrain.dataset import build_dataset
 from sdtrain.params import load_params
+from stages import paths, run
 
 
 def main() -> None:

@@ -1,9 +1,8 @@
 """Compare the trained model with its base on held-out data: metrics/evaluate.json."""
 
-from stages import paths, run
-
 from sdtrain.evaluate import evaluate_model
 from sdtrain.params import load_params
+from stages import paths, run
 
 
 def main() -> None:

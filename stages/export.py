@@ -1,9 +1,8 @@
 """Make the chosen checkpoint a Diffusers model: data/model."""
 
-from stages import paths, run
-
 from sdtrain.export import export_model
 from sdtrain.params import load_params
+from stages import paths, run
 
 
 def main() -> None:

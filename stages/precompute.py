@@ -1,9 +1,8 @@
 """Encode pictures with the VAE and captions with the tokenizer: data/latents."""
 
-from stages import paths, run
-
 from sdtrain.params import load_params
 from sdtrain.precompute import precompute_latents
+from stages import paths, run
 
 
 def main() -> None:

@@ -1,9 +1,8 @@
 """Draw the grid of base and trained pictures: data/samples/grid.png."""
 
-from stages import paths, run
-
 from sdtrain.params import load_params
 from sdtrain.sample import sample_grid
+from stages import paths, run
 
 
 def main() -> None:

@@ -1,9 +1,8 @@
 """Fine-tune the UNet on the cached latents: data/checkpoints."""
 
-from stages import paths, run
-
 from sdtrain.params import load_params
 from sdtrain.train import train_unet
+from stages import paths, run
 
 
 def main() -> None:

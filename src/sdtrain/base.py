@@ -95,15 +95,31 @@ def check_fit(folder: Path) -> None:
         raise InputError("the base model can't be used:\n" + "\n".join(f"  {fault}" for fault in faults))
     channels, width = vae["latent_channels"], text["hidden_size"]
     for side in ("in_channels", "out_channels"):
-        must(unet[side] == channels, f"unet {side} = {unet[side]}", f"vae latent_channels = {channels}",
-             "the UNet must take and give the VAE's latents")
-    must(unet["cross_attention_dim"] == width, f"unet cross_attention_dim = {unet['cross_attention_dim']}",
-         f"text_encoder hidden_size = {width}", "the UNet must attend to the text encoder's width")
-    must(vocabulary <= text["vocab_size"], f"tokenizer has {vocabulary} tokens",
-         f"text_encoder vocab_size = {text['vocab_size']}", "take both from the same model")
+        must(
+            unet[side] == channels,
+            f"unet {side} = {unet[side]}",
+            f"vae latent_channels = {channels}",
+            "the UNet must take and give the VAE's latents",
+        )
+    must(
+        unet["cross_attention_dim"] == width,
+        f"unet cross_attention_dim = {unet['cross_attention_dim']}",
+        f"text_encoder hidden_size = {width}",
+        "the UNet must attend to the text encoder's width",
+    )
+    must(
+        vocabulary <= text["vocab_size"],
+        f"tokenizer has {vocabulary} tokens",
+        f"text_encoder vocab_size = {text['vocab_size']}",
+        "take both from the same model",
+    )
     positions = text["max_position_embeddings"]
-    must(max_length is not None and max_length <= positions, f"tokenizer model_max_length = {max_length}",
-         f"text_encoder max_position_embeddings = {positions}", "take both from the same model")
+    must(
+        max_length is not None and max_length <= positions,
+        f"tokenizer model_max_length = {max_length}",
+        f"text_encoder max_position_embeddings = {positions}",
+        "take both from the same model",
+    )
     if faults:
         raise InputError("the base model's parts don't fit together:\n" + "\n".join(f"  {f}" for f in faults))
 
@@ -159,7 +175,8 @@ def _files_of(where: str, part: str, names: list[str]) -> list[str]:
     found = [prefix + name for name in small if prefix + name in names]
     if stem is not None:
         weights = [n for n in names if n == f"{prefix}{stem}.safetensors"] or [
-            n for n in names
+            n
+            for n in names
             if n == f"{prefix}{stem}.safetensors.index.json"
             or (n.startswith(f"{prefix}{stem}-") and n.endswith(".safetensors"))
         ]
@@ -184,8 +201,9 @@ def _init_unet(config: dict, seed: int, folder: Path) -> None:
     for key in config:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise InputError(f"base.unet_config.{key} = {config[key]!r}: UNet2DConditionModel has no such setting; "
-                             f"nearest is {near}")
+            raise InputError(
+                f"base.unet_config.{key} = {config[key]!r}: UNet2DConditionModel has no such setting; nearest is {near}"
+            )
     channels = read_json(folder / "vae" / "config.json")["latent_channels"]
     width = read_json(folder / "text_encoder" / "config.json")["hidden_size"]
     torch.manual_seed(seed)

@@ -33,8 +33,14 @@ class BatchMaker:
     """
 
     def __init__(
-        self, shards: LatentShards, seed: int, batch_size: int, num_train_timesteps: int, scaling_factor: float,
-        caption_dropout: float, null_ids: Tensor,
+        self,
+        shards: LatentShards,
+        seed: int,
+        batch_size: int,
+        num_train_timesteps: int,
+        scaling_factor: float,
+        caption_dropout: float,
+        null_ids: Tensor,
     ) -> None:
         self.shards, self.seed, self.batch_size = shards, seed, batch_size
         self.num_train_timesteps, self.scaling_factor = num_train_timesteps, scaling_factor

@@ -12,13 +12,19 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("generate", help="draw pictures from prompts")
     command.add_argument("--model", type=Path, required=True, help="a Diffusers folder, or a checkpoint's")
-    command.add_argument("--base", type=Path, default=Path("data/base"),
-                         help="where a checkpoint's VAE and text encoder come from (%(default)s)")
+    command.add_argument(
+        "--base",
+        type=Path,
+        default=Path("data/base"),
+        help="where a checkpoint's VAE and text encoder come from (%(default)s)",
+    )
     command.add_argument("--weights", choices=["ema", "raw"], help="a checkpoint's weights; ema where it keeps them")
     command.add_argument("--prompt", action="append", required=True, help="may be given several times")
     command.add_argument("--negative-prompt", default="", help="what to steer away from")
     command.add_argument("--num-images", type=_positive, default=1, help="pictures per prompt (%(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of a prompt's first picture; the next count up (%(default)s)")
+    command.add_argument(
+        "--seed", type=int, default=0, help="of a prompt's first picture; the next count up (%(default)s)"
+    )
     command.add_argument("--steps", type=_positive, default=25, help="DPM-Solver++ steps (%(default)s)")
     command.add_argument("--guidance-scale", type=float, default=7.5, help="classifier-free guidance (%(default)s)")
     command.add_argument("--batch-size", type=_positive, default=4, help="pictures drawn at once (%(default)s)")
@@ -52,8 +58,13 @@ def _generate(options: argparse.Namespace) -> None:
     prompts = [prompt for prompt in options.prompt for _ in range(options.num_images)]
     seeds = [options.seed + place for _ in options.prompt for place in range(options.num_images)]
     images = generate(
-        pipeline, prompts, seeds, negative_prompt=options.negative_prompt, num_inference_steps=options.steps,
-        guidance_scale=options.guidance_scale, batch_size=options.batch_size,
+        pipeline,
+        prompts,
+        seeds,
+        negative_prompt=options.negative_prompt,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        batch_size=options.batch_size,
     )
     options.out.mkdir(parents=True, exist_ok=True)
     for number, (prompt, seed, image) in enumerate(zip(prompts, seeds, images, strict=True)):

@@ -101,8 +101,10 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
         counts = {f"num_{split}": splits[split]["num_rows"] for split in SPLITS}
         counts["num_dropped"] = sum(reasons.values())
         write_json(metrics, {"num_inputs": sum(counts.values()), **counts})
-    print(f"{sum(counts.values())} inputs: {counts['num_train']} train, {counts['num_validation']} held out, "
-          f"{counts['num_dropped']} dropped {reasons or ''}")
+    print(
+        f"{sum(counts.values())} inputs: {counts['num_train']} train, {counts['num_validation']} held out, "
+        f"{counts['num_dropped']} dropped {reasons or ''}"
+    )
 
 
 def _must_have_pictures(splits: dict, reasons: dict, params: DatasetParams) -> None:
@@ -112,8 +114,10 @@ def _must_have_pictures(splits: dict, reasons: dict, params: DatasetParams) -> N
     for split in SPLITS:
         if not splits[split]["num_rows"]:
             way = "raise" if split == "validation" else "lower"
-            raise InputError(f"dataset.validation_fraction = {params.validation_fraction}: leaves no {split} picture "
-                             f"of {kept}; {way} it, or add pictures")
+            raise InputError(
+                f"dataset.validation_fraction = {params.validation_fraction}: leaves no {split} picture "
+                f"of {kept}; {way} it, or add pictures"
+            )
 
 
 def _checked(candidates: Iterable[Candidate], params: DatasetParams) -> Iterator[tuple[Candidate, dict | str]]:
@@ -229,13 +233,17 @@ def _reader(table: "datasets.Dataset", params: DatasetParams) -> Callable[[int],
     for key, name in needed.items():
         if name not in columns:
             near = difflib.get_close_matches(name, columns, n=1, cutoff=0.0)
-            raise InputError(f"dataset.{key} = {name!r}: no such column; there are {', '.join(columns)}"
-                             + (f"; nearest is {near[0]!r}" if near else ""))
+            raise InputError(
+                f"dataset.{key} = {name!r}: no such column; there are {', '.join(columns)}"
+                + (f"; nearest is {near[0]!r}" if near else "")
+            )
     if not isinstance(table.features[params.image_column], datasets.Image):
         try:
             table = table.cast_column(params.image_column, datasets.Image(decode=False))
         except (TypeError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise InputError(f"dataset.image_column = {params.image_column!r}: doesn't hold pictures: {error}") from None
+            raise InputError(
+                f"dataset.image_column = {params.image_column!r}: doesn't hold pictures: {error}"
+            ) from None
     table = table.cast_column(params.image_column, datasets.Image(decode=False))
 
     def candidate(index: int) -> Candidate:

@@ -29,7 +29,11 @@ def target(
 
 
 def to_epsilon(
-    model_pred: Tensor, noisy_latents: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: PredictionType
+    model_pred: Tensor,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    prediction_type: PredictionType,
 ) -> Tensor:
     """The noise that a prediction implies: ε = √ᾱ_t v + √(1-ᾱ_t) x_t (Salimans & Ho 2022, app. D)."""
     if prediction_type == "epsilon":

@@ -20,8 +20,15 @@ _FIELDS = ("color", "shape", "style", "size", "position", "background")
 
 
 def evaluate_model(
-    params: EvaluateParams, seed: int, base: Path, model: Path, dataset: Path, latents: Path, metrics: Path,
-    loss_table: Path, accuracy_table: Path,
+    params: EvaluateParams,
+    seed: int,
+    base: Path,
+    model: Path,
+    dataset: Path,
+    latents: Path,
+    metrics: Path,
+    loss_table: Path,
+    accuracy_table: Path,
 ) -> None:
     """Compare the `model` with its `base`.
 
@@ -29,7 +36,9 @@ def evaluate_model(
     scenes the accuracy by kind of prompt and field to `accuracy_table` (else a table without rows).
     """
     pipelines = {"base": load_pipeline(base), "trained": load_pipeline(model)}
-    numbers, table = _held_out_loss(params, seed, pipelines, LatentShards(latents, "validation", encoders_fingerprint(base)))
+    numbers, table = _held_out_loss(
+        params, seed, pipelines, LatentShards(latents, "validation", encoders_fingerprint(base))
+    )
     write_text(loss_table, table.to_csv(index=False, lineterminator="\n"))
     rows = []
     if "generated" in read_manifest(dataset, "dataset")["source"]:
@@ -49,16 +58,23 @@ def _held_out_loss(
     losses = {}
     for name, pipeline in pipelines.items():
         held_out = HeldOut(
-            shards, pipeline.text_encoder, pipeline.scheduler.alphas_cumprod.to(pipeline.device),
-            pipeline.vae.config.scaling_factor, num_timesteps=params.num_timesteps, max_samples=params.max_samples,
+            shards,
+            pipeline.text_encoder,
+            pipeline.scheduler.alphas_cumprod.to(pipeline.device),
+            pipeline.vae.config.scaling_factor,
+            num_timesteps=params.num_timesteps,
+            max_samples=params.max_samples,
             batch_size=params.batch_size,
         )
         losses[name] = held_out.losses(pipeline.unet, pipeline.scheduler.config.prediction_type).double().numpy()
     gain = (losses["base"] - losses["trained"]).mean(axis=1)
     low, high = bootstrap_interval(gain, params.num_bootstrap, randomness.generator(seed, "bootstrap"))
     numbers = {
-        "held_out_loss_base": losses["base"].mean(), "held_out_loss_trained": losses["trained"].mean(),
-        "held_out_loss_gain": gain.mean(), "held_out_loss_gain_ci_low": low, "held_out_loss_gain_ci_high": high,
+        "held_out_loss_base": losses["base"].mean(),
+        "held_out_loss_trained": losses["trained"].mean(),
+        "held_out_loss_gain": gain.mean(),
+        "held_out_loss_gain_ci_low": low,
+        "held_out_loss_gain_ci_high": high,
     }
     by_timestep = {name: values.mean(axis=0) for name, values in losses.items()}
     table = pd.DataFrame({"timestep": held_out.timesteps.numpy(), **by_timestep})
@@ -77,8 +93,11 @@ def _prompt_accuracy(params: EvaluateParams, seed: int, pipelines: dict[str, Sta
         wanted = [scenes.draw_scene(rng, new=kind == "new", known_background=True) for _ in range(params.num_prompts)]
         for name, pipeline in pipelines.items():
             images = generate(
-                pipeline, [scenes.caption(scene) for scene in wanted], [seed + place for place in range(len(wanted))],
-                num_inference_steps=params.num_inference_steps, guidance_scale=params.guidance_scale,
+                pipeline,
+                [scenes.caption(scene) for scene in wanted],
+                [seed + place for place in range(len(wanted))],
+                num_inference_steps=params.num_inference_steps,
+                guidance_scale=params.guidance_scale,
                 batch_size=params.batch_size,
             )
             shown = [scenes.measure(image) for image in images]
@@ -91,6 +110,15 @@ def _prompt_accuracy(params: EvaluateParams, seed: int, pipelines: dict[str, Sta
                 if not right:
                     continue
                 low, high = wilson_interval(sum(right), len(right))
-                rows.append({"prompts": kind, "field": field, "model": name, "accuracy": float(np.mean(right)),
-                             "ci_low": low, "ci_high": high, "num": len(right)})
+                rows.append(
+                    {
+                        "prompts": kind,
+                        "field": field,
+                        "model": name,
+                        "accuracy": float(np.mean(right)),
+                        "ci_low": low,
+                        "ci_high": high,
+                        "num": len(right),
+                    }
+                )
     return rows

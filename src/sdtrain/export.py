@@ -41,8 +41,10 @@ def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path)
             f"{_TOLERANCE[params.dtype]:.0e} is allowed for {params.dtype}"
         )
         size_mib = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
-    print(f"{os.fspath(out)}: {params.weights} weights of step {config['step']}, {size_mib:.1f} MiB, "
-          f"reloaded output differs by {difference:.1e}")
+    print(
+        f"{os.fspath(out)}: {params.weights} weights of step {config['step']}, {size_mib:.1f} MiB, "
+        f"reloaded output differs by {difference:.1e}"
+    )
 
 
 def _probe(unet: UNet2DConditionModel) -> dict:
@@ -65,10 +67,10 @@ pipeline_tag: text-to-image
 ---
 # Fine-tuned with sdtrain {__version__}
 
-The UNet was trained for {config['step']} of {config['num_steps']} steps on {config['num_train']} pictures, effective
-batch {train['batch_size']}, learning rate {train['lr']:g} ({train['lr_scheduler']}), {train['prediction_type']}
-prediction, seed {config['seed']}; held-out loss {config['validation_loss']:.5f}. These are its {params.weights} weights.
-`training_config.json` holds every setting.
+The UNet was trained for {config["step"]} of {config["num_steps"]} steps on {config["num_train"]} pictures, effective
+batch {train["batch_size"]}, learning rate {train["lr"]:g} ({train["lr_scheduler"]}), {train["prediction_type"]}
+prediction, seed {config["seed"]}; held-out loss {config["validation_loss"]:.5f}. These are its {params.weights}
+weights. `training_config.json` holds every setting.
 
 Base:
 {origin}

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
 from sdtrain.errors import InputError
 
 
@@ -64,5 +63,3 @@ def sha256_file(path: Path) -> str:
 def sha256_json(tree: Any) -> str:
     """SHA-256 of a JSON tree in its canonical form: sorted keys, no white space."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-

@@ -13,16 +13,24 @@ from sdtrain.models import load_scheduler, load_text_encoder, load_tokenizer, lo
 
 
 def build_pipeline(
-    base: Path, unet: UNet2DConditionModel, prediction_type: PredictionType,
-    vae: AutoencoderKL | None = None, text_encoder: CLIPTextModel | None = None, tokenizer: CLIPTokenizer | None = None,
+    base: Path,
+    unet: UNet2DConditionModel,
+    prediction_type: PredictionType,
+    vae: AutoencoderKL | None = None,
+    text_encoder: CLIPTextModel | None = None,
+    tokenizer: CLIPTokenizer | None = None,
 ) -> StableDiffusionPipeline:
     """A pipeline of the base's parts around `unet`; parts that are loaded already can be handed in."""
     scheduler = load_scheduler(base)
     pipeline = StableDiffusionPipeline(
-        vae=vae or load_vae(base), text_encoder=text_encoder or load_text_encoder(base),
-        tokenizer=tokenizer or load_tokenizer(base), unet=unet,
+        vae=vae or load_vae(base),
+        text_encoder=text_encoder or load_text_encoder(base),
+        tokenizer=tokenizer or load_tokenizer(base),
+        unet=unet,
         scheduler=type(scheduler).from_config(scheduler.config, prediction_type=prediction_type),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -42,8 +50,14 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
 
 
 def generate(
-    pipeline: StableDiffusionPipeline, prompts: list[str], seeds: list[int], *, negative_prompt: str = "",
-    num_inference_steps: int, guidance_scale: float, batch_size: int,
+    pipeline: StableDiffusionPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    negative_prompt: str = "",
+    num_inference_steps: int,
+    guidance_scale: float,
+    batch_size: int,
 ) -> list[Image.Image]:
     """One picture per prompt and seed, RGB, at the UNet's own size.
 

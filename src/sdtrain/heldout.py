@@ -27,8 +27,15 @@ class HeldOut:
     """
 
     def __init__(
-        self, shards: LatentShards, text_encoder: CLIPTextModel, alphas_cumprod: Tensor, scaling_factor: float, *,
-        num_timesteps: int, max_samples: int, batch_size: int,
+        self,
+        shards: LatentShards,
+        text_encoder: CLIPTextModel,
+        alphas_cumprod: Tensor,
+        scaling_factor: float,
+        *,
+        num_timesteps: int,
+        max_samples: int,
+        batch_size: int,
     ) -> None:
         self.num_samples = min(len(shards), max_samples)
         self.timesteps = mid_bin_timesteps(num_timesteps, len(alphas_cumprod))

@@ -46,7 +46,9 @@ def explained(key: str, repo: str, revision: str | None, instead: str) -> Iterat
         hint = moved or "; check the spelling, or log in with `hf auth login` if it is private"
         raise InputError(f"{name}: the hub has no such repository{hint}") from None
     except OfflineModeIsEnabled:
-        raise InputError(f"{name}: HF_HUB_OFFLINE is set, and the files aren't cached; unset it, or {instead}") from None
+        raise InputError(
+            f"{name}: HF_HUB_OFFLINE is set, and the files aren't cached; unset it, or {instead}"
+        ) from None
     except EntryNotFoundError as error:
         if isinstance(error, LocalEntryNotFoundError):
             raise InputError(_unreachable(name, instead)) from None

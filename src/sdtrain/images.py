@@ -1,6 +1,7 @@
 """Pictures: from any file to clean RGB, and from RGB to the VAE's square of pixels."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -27,7 +28,7 @@ def clean_picture(source: bytes | str, background: str) -> tuple[bytes, Image.Im
         BadPicture: missing, truncated, not a picture, or too large to decode safely.
     """
     try:
-        data = source if isinstance(source, bytes) else open(source, "rb").read()
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
         with Image.open(io.BytesIO(data)) as opened:
             opened.load()
             upright = ImageOps.exif_transpose(opened)

@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -120,9 +120,7 @@ class TrainParams(Section):
     """AdamW's ε."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None
     """Clip the gradient's global L2 norm to this; null doesn't clip."""
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ]
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     """Diffusers' schedule of the learning rate over the run."""
     lr_warmup_steps: NonNegativeInt
     """Optimizer steps of linear warm-up; `constant` has none."""
@@ -312,8 +310,10 @@ def _micro_batch_divides(p: _View) -> str | None:
 
 def _constant_has_no_warmup(p: _View) -> str | None:
     if p.train.lr_warmup_steps and p.train.lr_scheduler == "constant":
-        return (f"train.lr_warmup_steps = {p.train.lr_warmup_steps}: train.lr_scheduler = 'constant' has no warm-up; "
-                "use 'constant_with_warmup', or 0")
+        return (
+            f"train.lr_warmup_steps = {p.train.lr_warmup_steps}: train.lr_scheduler = 'constant' has no warm-up; "
+            "use 'constant_with_warmup', or 0"
+        )
 
 
 def _warmup_ends(p: _View) -> str | None:
@@ -329,8 +329,10 @@ def _export_has_weights(p: _View) -> str | None:
 
 def _captions_survive_the_flip(p: _View) -> str | None:
     if p.dataset.source == "generated" and p.precompute.random_flip:
-        return ("precompute.random_flip = True: the captions of dataset.source = 'generated' say left and right, "
-                "which a mirror makes false; use false")
+        return (
+            "precompute.random_flip = True: the captions of dataset.source = 'generated' say left and right, "
+            "which a mirror makes false; use false"
+        )
 
 
 _RULES: tuple[_Rule, ...] = (
@@ -375,7 +377,7 @@ class _Yaml12Loader(yaml.SafeLoader):
     A key given twice is refused instead of the last one winning silently.
     """
 
-    yaml_implicit_resolvers: dict = {}
+    yaml_implicit_resolvers: ClassVar[dict] = {}
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -389,8 +391,11 @@ for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-     list("-+.0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
 ):
     _Yaml12Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 _Yaml12Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))

@@ -26,7 +26,9 @@ from sdtrain.shards import SPLITS, read_dataset
 _SHARD_ROWS = 2048
 
 
-def precompute_latents(params: PrecomputeParams, seed: int, base: Path, dataset: Path, out: Path, metrics: Path) -> None:
+def precompute_latents(
+    params: PrecomputeParams, seed: int, base: Path, dataset: Path, out: Path, metrics: Path
+) -> None:
     """Encode `dataset` with the VAE and tokenizer of `base` into `out`; counts and statistics to `metrics`.
 
     Raises:
@@ -38,8 +40,10 @@ def precompute_latents(params: PrecomputeParams, seed: int, base: Path, dataset:
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if params.resolution % factor:
         below, above = params.resolution // factor * factor, -(-params.resolution // factor) * factor
-        raise InputError(f"precompute.resolution = {params.resolution}: must be a multiple of {factor}, by which the "
-                         f"base's VAE reduces pictures; take {below or above} or {above}")
+        raise InputError(
+            f"precompute.resolution = {params.resolution}: must be a multiple of {factor}, by which the "
+            f"base's VAE reduces pictures; take {below or above} or {above}"
+        )
     vae.to(device)
     counts = {"num_truncated_captions": 0, "num_upscaled": 0}
     statistics = _Statistics(vae.config.scaling_factor)
@@ -47,7 +51,9 @@ def precompute_latents(params: PrecomputeParams, seed: int, base: Path, dataset:
     with new_folder(out) as folder:
         for split in SPLITS:
             rows, splits[split] = read_dataset(dataset, split), []
-            progress = tqdm(total=manifest["splits"][split]["num_rows"], desc=f"precompute {split}", unit="picture", disable=None)
+            progress = tqdm(
+                total=manifest["splits"][split]["num_rows"], desc=f"precompute {split}", unit="picture", disable=None
+            )
             while shard := list(islice(rows, _SHARD_ROWS)):
                 tensors = _encode_shard(params, seed, shard, vae, device, progress)
                 captions = [row["caption"] for row in shard]
@@ -73,12 +79,16 @@ def precompute_latents(params: PrecomputeParams, seed: int, base: Path, dataset:
         write_json(folder / "manifest.json", summary)
         report = {**counts, "latents_mean": statistics.mean, "latents_std": statistics.std}
         write_json(metrics, report)
-    print(f"latents {statistics.shape}, scaled std {statistics.std:.3f}; "
-          f"{counts['num_truncated_captions']} captions truncated to {tokenizer.model_max_length} tokens, "
-          f"{counts['num_upscaled']} pictures enlarged to {params.resolution} px")
+    print(
+        f"latents {statistics.shape}, scaled std {statistics.std:.3f}; "
+        f"{counts['num_truncated_captions']} captions truncated to {tokenizer.model_max_length} tokens, "
+        f"{counts['num_upscaled']} pictures enlarged to {params.resolution} px"
+    )
 
 
-def _encode_shard(params: PrecomputeParams, seed: int, rows: list[dict], vae, device, progress: tqdm) -> dict[str, Tensor]:
+def _encode_shard(
+    params: PrecomputeParams, seed: int, rows: list[dict], vae, device, progress: tqdm
+) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     for batch in _batches(rows, params.batch_size):
         squares = [
@@ -94,8 +104,10 @@ def _encode_shard(params: PrecomputeParams, seed: int, rows: list[dict], vae, de
                 finite = stored.isfinite().flatten(1).all(1)
                 if not finite.all():
                     bad = [row["id"] for row, ok in zip(batch, finite, strict=True) if not ok]
-                    raise InputError(f"the VAE's {name} isn't finite for {', '.join(bad)} (ids in inputs.csv); "
-                                     "remove the pictures, or take another VAE")
+                    raise InputError(
+                        f"the VAE's {name} isn't finite for {', '.join(bad)} (ids in inputs.csv); "
+                        "remove the pictures, or take another VAE"
+                    )
                 parts.setdefault(name + suffix, []).append(stored)
         progress.update(len(batch))
     return {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}

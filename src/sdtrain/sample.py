@@ -15,7 +15,9 @@ _MARGIN_PX = 8
 
 def sample_grid(params: SampleParams, seed: int, base: Path, model: Path, out: Path) -> None:
     """Draw `out/grid.png`: a row per prompt, the base's pictures left and the trained model's right."""
-    columns = {name: _draw(params, seed, load_pipeline(folder)) for name, folder in (("base", base), ("trained", model))}
+    columns = {
+        name: _draw(params, seed, load_pipeline(folder)) for name, folder in (("base", base), ("trained", model))
+    }
     with new_folder(out) as folder:
         draw_grid(columns, params.prompts).save(folder / "grid.png")
 
@@ -51,10 +53,13 @@ def _draw(params: SampleParams, seed: int, pipeline: StableDiffusionPipeline) ->
     """Pictures [prompt][picture]."""
     num = params.images_per_prompt
     images = generate(
-        pipeline, [prompt for prompt in params.prompts for _ in range(num)],
+        pipeline,
+        [prompt for prompt in params.prompts for _ in range(num)],
         [seed + place for _ in params.prompts for place in range(num)],
-        negative_prompt=params.negative_prompt, num_inference_steps=params.num_inference_steps,
-        guidance_scale=params.guidance_scale, batch_size=params.batch_size,
+        negative_prompt=params.negative_prompt,
+        num_inference_steps=params.num_inference_steps,
+        guidance_scale=params.guidance_scale,
+        batch_size=params.batch_size,
     )
     return [images[row * num : (row + 1) * num] for row in range(len(params.prompts))]
 

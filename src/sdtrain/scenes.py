@@ -179,8 +179,14 @@ def measure(image: Image.Image) -> Scene | None:
     if image.size != (SIZE_PX, SIZE_PX):
         image = image.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
-    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
-                             pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    border = np.concatenate(
+        [
+            pixels[:2].reshape(-1, 3),
+            pixels[-2:].reshape(-1, 3),
+            pixels[:, :2].reshape(-1, 3),
+            pixels[:, -2:].reshape(-1, 3),
+        ]
+    )
     background = np.median(border, axis=0)
     distance = np.linalg.norm(pixels - background, axis=2)
     if (distance > _CONTRAST).sum() < _MIN_AREA_PX:

@@ -33,7 +33,13 @@ SPLITS = ("train", "validation")
 _SHARD_BYTES = 256 * 2**20
 _BATCH_ROWS = 64
 _SCHEMA = pa.schema(
-    [("id", pa.string()), ("image", pa.binary()), ("caption", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
+    [
+        ("id", pa.string()),
+        ("image", pa.binary()),
+        ("caption", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
 )
 
 
@@ -104,7 +110,7 @@ class LatentShards:
         shards = self.manifest["splits"][split]
         self._files = [safe_open(folder / shard["file"], framework="pt") for shard in shards]
         self._starts = list(itertools.accumulate((shard["num_rows"] for shard in shards), initial=0))
-        self.has_flipped = bool(shards) and "mean_flipped" in self._files[0].keys()
+        self.has_flipped = bool(shards) and "mean_flipped" in self._files[0].keys()  # noqa: SIM118
 
     def __len__(self) -> int:
         return self._starts[-1]

@@ -49,9 +49,7 @@ class RunLog:
         self.train_rows.append(row)
         self._progress.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{images_per_s:.1f}")
         names = {name: f"train/{name}" for name in ("loss", "lr", "grad_norm")}
-        self._accelerator.log(
-            {**{names[n]: row[n] for n in names}, "train/images_per_s": images_per_s}, step=step
-        )
+        self._accelerator.log({**{names[n]: row[n] for n in names}, "train/images_per_s": images_per_s}, step=step)
         self._losses, self._flushed_step, self._interval_start = [], step, time.perf_counter()
 
     def validation(self, step: int, losses: dict[str, float], images: list[Image.Image]) -> None:

@@ -36,8 +36,16 @@ from sdtrain.telemetry import RunLog
 
 
 def train_unet(
-    params: TrainParams, validation: ValidationParams, seed: int, base: Path, latents: Path, out: Path,
-    metrics: Path, train_curve: Path, validation_curve: Path, runs: Path,
+    params: TrainParams,
+    validation: ValidationParams,
+    seed: int,
+    base: Path,
+    latents: Path,
+    out: Path,
+    metrics: Path,
+    train_curve: Path,
+    validation_curve: Path,
+    runs: Path,
 ) -> None:
     """Fine-tune the UNet of `base` on the cached `latents`.
 
@@ -62,7 +70,10 @@ def train_unet(
     if params.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=params.lr, betas=(params.adam_beta1, params.adam_beta2), eps=params.adam_epsilon,
+        unet.parameters(),
+        lr=params.lr,
+        betas=(params.adam_beta1, params.adam_beta2),
+        eps=params.adam_epsilon,
         weight_decay=params.weight_decay,
     )
     lr_scheduler = get_scheduler(
@@ -72,17 +83,32 @@ def train_unet(
     ema = EMAModel(unet.parameters(), decay=params.ema_decay, foreach=True) if params.use_ema else None
 
     batches = BatchMaker(
-        shards, seed, params.batch_size, len(alphas_cumprod), scaling_factor, params.caption_dropout,
+        shards,
+        seed,
+        params.batch_size,
+        len(alphas_cumprod),
+        scaling_factor,
+        params.caption_dropout,
         null_ids=tokenize(tokenizer, [""])[0],
     )
     held_out = HeldOut(
-        LatentShards(latents, "validation", fingerprint), text_encoder, alphas_cumprod, scaling_factor,
-        num_timesteps=validation.num_timesteps, max_samples=validation.max_samples, batch_size=validation.batch_size,
+        LatentShards(latents, "validation", fingerprint),
+        text_encoder,
+        alphas_cumprod,
+        scaling_factor,
+        num_timesteps=validation.num_timesteps,
+        max_samples=validation.max_samples,
+        batch_size=validation.batch_size,
     )
     pipeline = build_pipeline(base, unet, params.prediction_type, vae, text_encoder, tokenizer)
     log = RunLog(accelerator, num_steps, params.batch_size)
-    facts = {"params": params.model_dump(), "seed": seed, "num_steps": num_steps, "num_train": len(shards),
-             "latents_fingerprint": shards.manifest["fingerprint"]}
+    facts = {
+        "params": params.model_dump(),
+        "seed": seed,
+        "num_steps": num_steps,
+        "num_train": len(shards),
+        "latents_fingerprint": shards.manifest["fingerprint"],
+    }
 
     base_loss = held_out.losses(unet, scheduler.config.prediction_type).mean().item()
     log.validation(0, {kind: base_loss for kind in (["raw", "ema"] if ema else ["raw"])}, images=[])
@@ -93,7 +119,9 @@ def train_unet(
             for micro in range(accumulation):
                 batch = batches.make(step - 1, _positions(micro, params.micro_batch_size, accelerator), device)
                 with accelerator.no_sync(model) if micro < accumulation - 1 else nullcontext():
-                    part = diffusion_loss(accelerator, model, text_encoder, batch, alphas_cumprod, params.prediction_type)
+                    part = diffusion_loss(
+                        accelerator, model, text_encoder, batch, alphas_cumprod, params.prediction_type
+                    )
                     accelerator.backward(part / accumulation)
                 loss += part.detach() / accumulation
             grad_norm = accelerator.clip_grad_norm_(unet.parameters(), params.max_grad_norm or math.inf)
@@ -121,15 +149,25 @@ def train_unet(
     accelerator.end_training()
     if main:
         log.write_curves(train_curve, validation_curve)
-        write_json(metrics, {
-            "num_steps": num_steps, "num_parameters": sum(p.numel() for p in unet.parameters()),
-            "train_loss": log.train_rows[-1]["loss"], "base_validation_loss": base_loss,
-            "best_validation_loss": best_loss, "best_step": best_step,
-        })
+        write_json(
+            metrics,
+            {
+                "num_steps": num_steps,
+                "num_parameters": sum(p.numel() for p in unet.parameters()),
+                "train_loss": log.train_rows[-1]["loss"],
+                "base_validation_loss": base_loss,
+                "best_validation_loss": best_loss,
+                "best_step": best_step,
+            },
+        )
 
 
 def diffusion_loss(
-    accelerator: Accelerator, model: torch.nn.Module, text_encoder: CLIPTextModel, batch: Batch, alphas_cumprod: Tensor,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    text_encoder: CLIPTextModel,
+    batch: Batch,
+    alphas_cumprod: Tensor,
     prediction_type: PredictionType,
 ) -> Tensor:
     """Mean squared error of the UNet's prediction on one micro-batch, a float32 scalar (Ho et al. 2020, eq. 14)."""
@@ -144,8 +182,12 @@ def diffusion_loss(
 
 
 def validate(
-    unet: UNet2DConditionModel, ema: EMAModel | None, held_out: HeldOut, pipeline: StableDiffusionPipeline,
-    params: ValidationParams, prediction_type: PredictionType,
+    unet: UNet2DConditionModel,
+    ema: EMAModel | None,
+    held_out: HeldOut,
+    pipeline: StableDiffusionPipeline,
+    params: ValidationParams,
+    prediction_type: PredictionType,
 ) -> tuple[dict[str, float], list]:
     """Held-out loss of the `raw` weights and, where kept, of the `ema`; and pictures of the latter."""
     losses = {"raw": held_out.losses(unet, prediction_type).mean().item()}
@@ -154,8 +196,12 @@ def validate(
             losses["ema"] = held_out.losses(unet, prediction_type).mean().item()
         unet.eval()
         images = generate(
-            pipeline, params.prompts, list(range(len(params.prompts))), batch_size=params.batch_size,
-            num_inference_steps=params.num_inference_steps, guidance_scale=params.guidance_scale,
+            pipeline,
+            params.prompts,
+            list(range(len(params.prompts))),
+            batch_size=params.batch_size,
+            num_inference_steps=params.num_inference_steps,
+            guidance_scale=params.guidance_scale,
         )
         unet.train()
     return losses, images
@@ -165,7 +211,8 @@ def _accelerator(precision: str, runs: Path) -> Accelerator:
     if precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision = 'fp16': needs a CUDA GPU, and there is none; use 'bf16' or 'fp32'")
     accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision, log_with="tensorboard",
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with="tensorboard",
         project_config=ProjectConfiguration(logging_dir=str(runs)),
     )
     accelerator.init_trackers(f"{datetime.now():%Y%m%d-%H%M%S}-{os.environ.get('DVC_EXP_NAME') or 'repro'}")
@@ -175,8 +222,10 @@ def _accelerator(precision: str, runs: Path) -> Accelerator:
 def _num_steps(params: TrainParams, num_train: int) -> int:
     num_steps = params.max_steps or math.ceil(params.max_epochs * num_train / params.batch_size)
     if params.lr_warmup_steps >= num_steps:
-        raise InputError(f"train.lr_warmup_steps = {params.lr_warmup_steps}: must be below the run's {num_steps} steps "
-                         f"({params.max_epochs} epochs of {num_train} pictures)")
+        raise InputError(
+            f"train.lr_warmup_steps = {params.lr_warmup_steps}: must be below the run's {num_steps} steps "
+            f"({params.max_epochs} epochs of {num_train} pictures)"
+        )
     return num_steps
 
 
@@ -184,8 +233,10 @@ def _accumulation(params: TrainParams, num_processes: int) -> int:
     """Micro-batches per process and step."""
     per_pass = params.micro_batch_size * num_processes
     if params.batch_size % per_pass:
-        raise InputError(f"train.batch_size = {params.batch_size}: can't be split into micro-batches of "
-                         f"{params.micro_batch_size} on {num_processes} processes; take a multiple of {per_pass}")
+        raise InputError(
+            f"train.batch_size = {params.batch_size}: can't be split into micro-batches of "
+            f"{params.micro_batch_size} on {num_processes} processes; take a multiple of {per_pass}"
+        )
     return params.batch_size // per_pass
 
 
