@@ -71,7 +71,7 @@ SCHEDULER = {  # Stable Diffusion 1.5's
 }
 VAE_STEPS, VAE_DECAY_STEPS, VAE_BATCH, VAE_LR, VAE_KL = 3000, 7000, 8, 0.02, 1e-8
 TEXT_STEPS, TEXT_BATCH, TEXT_LR = 700, 128, 1e-3
-UNET_STEPS, UNET_BATCH, UNET_LR = 4000, 32, 0.02
+UNET_STEPS, UNET_BATCH, UNET_LR = 2200, 32, 0.02
 
 
 def render_world(num: int, rng: np.random.Generator, new_share: float = 0.5) -> tuple[np.ndarray, list[scenes.Scene]]:
@@ -325,7 +325,7 @@ def build_unet() -> None:
     torch.manual_seed(SEED)
     unet = UNet2DConditionModel(**UNET)
     alphas_cumprod = DDPMScheduler(**SCHEDULER).alphas_cumprod
-    average = Average(unet)
+    average = Average(unet, decay=0.997)
     optimizer = MuonAndAdam(unet, UNET_LR)
     started, losses = time.time(), []
     for step in range(UNET_STEPS):

@@ -145,7 +145,10 @@ def _from_folder(source: Path, parts: list[str], folder: Path) -> dict:
 def _from_hub(key: str, repo: str, revision: str | None, parts: list[str], folder: Path) -> dict:
     from huggingface_hub import HfApi, snapshot_download
 
-    instead = "set base.source: local and base.path to a Diffusers folder on this machine (data/builtin is one)"
+    if key == "base.repo":
+        instead = "set base.source: local and base.path to a Diffusers folder on this machine (data/builtin is one)"
+    else:
+        instead = f"set {key}: null to keep the base's own"
     with hub.explained(key, repo, revision, instead):
         info = HfApi().model_info(repo, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings]

@@ -8,6 +8,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -35,6 +36,8 @@ def explained(key: str, repo: str, revision: str | None, instead: str) -> Iterat
     name = f"{key} = {repo!r}"
     try:
         yield
+    except HFValidationError as error:
+        raise InputError(f"{name}: not a name that the hub allows: {error}") from None
     except GatedRepoError:
         raise InputError(
             f"{name}: the repository is gated; accept its terms on its page, then log in with `hf auth login`"
@@ -46,15 +49,14 @@ def explained(key: str, repo: str, revision: str | None, instead: str) -> Iterat
         hint = moved or "; check the spelling, or log in with `hf auth login` if it is private"
         raise InputError(f"{name}: the hub has no such repository{hint}") from None
     except OfflineModeIsEnabled:
-        raise InputError(
-            f"{name}: HF_HUB_OFFLINE is set, and the files aren't cached; unset it, or {instead}"
-        ) from None
+        raise InputError(f"{name}: HF_HUB_OFFLINE is set, so the hub can't be asked; unset it, or {instead}") from None
     except EntryNotFoundError as error:
         if isinstance(error, LocalEntryNotFoundError):
             raise InputError(_unreachable(name, instead)) from None
         raise InputError(f"{name}: {error}") from None
     except HfHubHTTPError as error:
-        raise InputError(f"{name}: the hub answered {error}") from None
+        said = error.server_message or error.response.reason_phrase
+        raise InputError(f"{name}: the hub answered {error.response.status_code}: {said}") from None
     except (HTTPError, ConnectionError) as error:
         raise InputError(f"{_unreachable(name, instead)} ({error})") from None
 

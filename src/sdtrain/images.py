@@ -34,7 +34,7 @@ def clean_picture(source: bytes | str, background: str) -> tuple[bytes, Image.Im
             upright = ImageOps.exif_transpose(opened)
     except FileNotFoundError:
         raise BadPicture("file is missing") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise BadPicture(f"can't be decoded: {error}".split("\n")[0].split(" <_io")[0]) from None
     if upright.mode == "RGB" and opened.getexif().get(0x0112, 1) == 1 and "transparency" not in upright.info:
         return data, upright

@@ -229,7 +229,7 @@ def load_params(path: Path) -> Params:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml12Loader)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; run from the project's root") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
     return check_params(tree, name=str(path))
 

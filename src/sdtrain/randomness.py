@@ -14,8 +14,9 @@ import numpy as np
 def generator(seed: int, purpose: str, *place: int) -> np.random.Generator:
     """The generator of one draw. `place` is up to three integers in 0..2⁶⁴-1."""
     assert len(place) <= 3, f"three counter words are free, got {len(place)}"
-    counter = [0, *place, *[0] * (3 - len(place))]  # numpy counts draws in word 0
-    return np.random.Generator(np.random.Philox(key=[seed, hash64(purpose)], counter=counter))
+    key = np.array([seed, hash64(purpose)], dtype=np.uint64)  # numpy would round a list's large words to floats
+    counter = np.array([0, *place, *[0] * (3 - len(place))], dtype=np.uint64)  # numpy counts draws in word 0
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def hash64(text: str) -> int:

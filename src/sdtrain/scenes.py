@@ -191,7 +191,8 @@ def measure(image: Image.Image) -> Scene | None:
     distance = np.linalg.norm(pixels - background, axis=2)
     if (distance > _CONTRAST).sum() < _MIN_AREA_PX:
         return None
-    contrast = np.median(distance[distance > _CONTRAST])
+    ink_contrast = np.linalg.norm(background - _OUTLINE_RGB)  # an outline must not count for less than the fill
+    contrast = min(np.median(distance[distance > _CONTRAST]), ink_contrast)
     mask = np.clip(distance / contrast, 0, 1)
     mask[mask < 0.35] = 0
     area = mask.sum()

@@ -65,5 +65,6 @@ class RunLog:
     def write_curves(self, train_curve: Path, validation_curve: Path) -> None:
         """Write both curves as CSV, which `dvc plots` draws."""
         self._progress.close()
-        for path, rows in ((train_curve, self.train_rows), (validation_curve, self.validation_rows)):
-            write_text(path, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
+        validation = pd.DataFrame(self.validation_rows, columns=["step", "loss_raw", "loss_ema"])
+        for path, table in ((train_curve, pd.DataFrame(self.train_rows)), (validation_curve, validation)):
+            write_text(path, table.to_csv(index=False, lineterminator="\n"))

@@ -1,0 +1,189 @@
+"""Where captioned pictures come from: generated scenes, the hub, or files, read with Hugging Face Datasets.
+
+A source gives candidates: pictures as undecoded bytes or paths, and captions as found. Whether one is
+any good is for the gate in `dataset.py` to say.
+"""
+
+import difflib
+import glob
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdtrain import hub, randomness, scenes
+from sdtrain.errors import InputError
+from sdtrain.params import DatasetParams
+
+if TYPE_CHECKING:
+    import datasets
+
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+_HUB_CACHE = re.compile(r"/[^:]*/snapshots/[0-9a-f]{40}/")
+"""Where the hub's client keeps a repository's files: differs between machines, so no input's name holds it."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One input: its name in the source, the picture's bytes or path, and the caption as found."""
+
+    name: str
+    picture: bytes | str | None
+    caption: Any
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where candidates come from: what to record, the order to read in, and how to read one."""
+
+    record: dict
+    order: Sequence[int]
+    read: Callable[[int], Candidate]
+    unlisted: Sequence[str] = ()
+    """Names of pictures that the source's metadata doesn't list, or that Datasets doesn't read."""
+
+
+def open_source(params: DatasetParams, seed: int, scratch: str) -> Source:
+    """Open the source that the params name.
+
+    Args:
+        scratch: an empty folder for what Datasets caches while local files are read.
+
+    Raises:
+        InputError: the source isn't there, can't be read, or lacks a column.
+    """
+    if params.source == "generated":
+        return Source({"generated": params.num_scenes}, range(params.num_scenes), partial(_draw_scene, params, seed))
+    record, table = _from_hub(params) if params.source == "hub" else _from_files(params, scratch)
+    read, order, unlisted = _reader(table, params), list(range(len(table))), []
+    if params.source == "imagefolder":
+        read, order, unlisted = _imagefolder(table, read, params)
+    if params.max_train_samples is not None:
+        order = [order[i] for i in randomness.generator(seed, "max_train_samples").permutation(len(order))]
+    return Source(record, order, read, unlisted)
+
+
+def _draw_scene(params: DatasetParams, seed: int, index: int) -> Candidate:
+    rng = randomness.generator(seed, "scene", index)
+    scene = scenes.draw_scene(rng, new=bool(rng.random() < params.new_fraction))
+    return Candidate(f"row {index}", scenes.png_bytes(scenes.render(scene, rng)), scenes.draw_caption(scene, rng))
+
+
+def _from_hub(params: DatasetParams) -> tuple[dict, "datasets.Dataset"]:
+    import datasets
+    from huggingface_hub import HfApi
+
+    instead = "set dataset.source: imagefolder and dataset.path to a folder on this machine, or use 'generated'"
+    with hub.explained("dataset.repo", params.repo, params.revision, instead):
+        commit = HfApi().dataset_info(params.repo, revision=params.revision).sha
+        faults = (datasets.exceptions.DatasetsError, datasets.data_files.EmptyDatasetError, ValueError, RuntimeError)
+        try:
+            splits = datasets.get_dataset_split_names(params.repo, revision=commit)
+            if params.split in splits:
+                table = datasets.load_dataset(params.repo, revision=commit, split=params.split)
+        except faults as error:
+            cause = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+            raise InputError(f"dataset.repo = {params.repo!r}: can't be read: {cause}; {instead}") from None
+    if params.split not in splits:
+        raise InputError(f"dataset.split = {params.split!r}: {params.repo} has {', '.join(splits)}")
+    print(f"dataset.repo: {params.repo} at {params.revision or 'its newest revision'} is commit {commit}")
+    return {"repo": params.repo, "revision": params.revision, "commit": commit, "split": params.split}, table
+
+
+def _from_files(params: DatasetParams, scratch: str) -> tuple[dict, "datasets.Dataset"]:
+    """Read local files through a scratch cache, so that no earlier run's copy is ever used."""
+    import datasets
+
+    path = Path(params.path)
+    if not path.exists():
+        raise InputError(f"dataset.path = '{path}': no such file or folder")
+    datasets.disable_progress_bars()
+    suffix = {"parquet": ".parquet", "webdataset": ".tar"}.get(params.source)
+    # One named split, so that Datasets takes no file called test.png for a split of its own.
+    files = [glob.escape(str(path.resolve())) + "/**"]
+    if suffix is None and not any(p.suffix.lower() in _PICTURES for p in path.rglob("*")):
+        raise InputError(f"dataset.path = '{path}': the folder has no pictures ({', '.join(sorted(_PICTURES))})")
+    if suffix is not None:
+        files = [glob.escape(str(p)) for p in ([path] if path.is_file() else sorted(path.rglob(f"*{suffix}")))]
+        if not files:
+            raise InputError(f"dataset.path = '{path}': the folder has no {suffix} files")
+    try:
+        table = datasets.load_dataset(params.source, split="train", cache_dir=scratch, data_files={"train": files})
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, IndexError, tarfile.TarError) as error:
+        cause = error.__cause__ or error
+        raise InputError(f"dataset.path = '{path}': can't be read as {params.source}: {cause}") from None
+    return {"path": str(path), "type": params.source}, table
+
+
+def _reader(table: "datasets.Dataset", params: DatasetParams) -> Callable[[int], Candidate]:
+    """A function from a row's number to its candidate, with the picture left undecoded."""
+    import datasets
+
+    columns = table.column_names
+    needed = {"image_column": params.image_column, "caption_column": params.caption_column}
+    if params.source == "imagefolder" and params.caption_column not in columns:
+        needed.pop("caption_column")  # a .txt file beside each picture may hold it
+    for key, name in needed.items():
+        if name not in columns:
+            near = difflib.get_close_matches(name, columns, n=1, cutoff=0.0)
+            raise InputError(
+                f"dataset.{key} = {name!r}: no such column; there are {', '.join(columns)}"
+                + (f"; nearest is {near[0]!r}" if near else "")
+            )
+    try:
+        table = table.cast_column(params.image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"dataset.image_column = {params.image_column!r}: doesn't hold pictures: {error}") from None
+    archive = lru_cache(maxsize=8)(zipfile.ZipFile)
+
+    def candidate(index: int) -> Candidate:
+        row = table[index]
+        picture = row[params.image_column] or {"bytes": None, "path": None}
+        data, path = picture["bytes"], picture["path"]
+        if not data and path and path.startswith("zip://"):  # zip://<member>::<archive>
+            member, _, file = path.removeprefix("zip://").partition("::")
+            try:
+                data = archive(file).read(member)
+            except zipfile.BadZipFile:
+                data = b"damaged"  # dropped as what can't be decoded
+        name = f"row {index}" + (f" {_HUB_CACHE.sub('', path)}" if path else "")
+        return Candidate(name, data or path, row.get(params.caption_column))
+
+    return candidate
+
+
+def _imagefolder(
+    table: "datasets.Dataset", read: Callable[[int], Candidate], params: DatasetParams
+) -> tuple[Callable[[int], Candidate], list[int], list[str]]:
+    """Captions from `.txt` files where the metadata has none, an order by name, and the pictures left out.
+
+    Datasets reads several metadata files in the order of a set, which differs from run to run.
+    """
+    root = Path(params.path).resolve()
+    has_captions = params.caption_column in table.column_names
+    if not has_captions and not any(root.rglob("*.txt")):
+        raise InputError(
+            f"dataset.caption_column = {params.caption_column!r}: no such column in '{params.path}'; its metadata has "
+            f"{', '.join(table.column_names)}, and no .txt file lies beside the pictures"
+        )
+
+    def named(index: int) -> Candidate:
+        found = read(index)
+        inside = isinstance(found.picture, str) and Path(found.picture).is_relative_to(root)
+        return replace(found, name=str(Path(found.picture).relative_to(root))) if inside else found
+
+    def candidate(index: int) -> Candidate:
+        found = named(index)
+        if has_captions or not isinstance(found.picture, str):
+            return found
+        text = Path(found.picture).with_suffix(".txt")
+        return replace(found, caption=text.read_text(encoding="utf-8", errors="replace") if text.exists() else None)
+
+    keys = [(found.name, str(found.caption)) for found in map(named, range(len(table)))]
+    pictures = {str(p.relative_to(root)) for p in root.rglob("*") if p.suffix.lower() in _PICTURES}
+    unlisted = sorted(pictures.difference(name for name, _ in keys))
+    return candidate, sorted(range(len(table)), key=keys.__getitem__), unlisted

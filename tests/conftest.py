@@ -1,0 +1,43 @@
+"""Fixtures on the shipped params, shrunk, and the built-in base model."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sdtrain.params import Params, check_params
+
+ROOT = Path(__file__).resolve().parent.parent
+SHRUNK = {
+    "dataset": {"num_scenes": 60, "num_workers": 0},
+    "precompute": {"batch_size": 16},
+    "train": {"max_steps": 4, "batch_size": 8, "micro_batch_size": 8, "lr_warmup_steps": 0, "log_every_n_steps": 1},
+    "validation": {"every_n_steps": 2, "num_timesteps": 2, "max_samples": 4, "prompts": [], "num_inference_steps": 2},
+    "sample": {"prompts": ["a red circle", "a large orange star"], "images_per_prompt": 1, "num_inference_steps": 2},
+    "evaluate": {"num_timesteps": 2, "num_prompts": 4, "num_inference_steps": 2, "num_bootstrap": 100},
+}
+
+
+def shrunk_tree(**changes: dict) -> dict:
+    """The shipped params.yaml as a tree, shrunk, with changes by section."""
+    tree = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
+    for layer in (SHRUNK, changes):
+        for section, fields in layer.items():
+            tree[section].update(fields)
+    return tree
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def make_params():
+    """A function from changes by section to checked Params."""
+
+    def make(**changes: dict) -> Params:
+        return check_params(shrunk_tree(**changes))
+
+    return make

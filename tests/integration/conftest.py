@@ -1,0 +1,59 @@
+"""A shrunken run's folders, made once by the same functions that the stages call."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from accelerate.state import AcceleratorState
+
+from sdtrain.base import resolve_base
+from sdtrain.dataset import build_dataset
+from sdtrain.params import Params
+from sdtrain.precompute import precompute_latents
+from sdtrain.train import train_unet
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where one training run left its results."""
+
+    checkpoints: Path
+    metrics: Path
+    train_curve: pd.DataFrame
+    validation_curve: pd.DataFrame
+
+
+class Workspace:
+    """Base, data set and latents of the shrunken default, and a way to train on them."""
+
+    def __init__(self, folder: Path, make_params, root: Path) -> None:
+        self.folder, self.make_params = folder, make_params
+        self.base, self.dataset, self.latents = folder / "base", folder / "dataset", folder / "latents"
+        params = make_params(base={"path": str(root / "data" / "builtin")})
+        resolve_base(params.base, params.seed, out=self.base)
+        build_dataset(params.dataset, params.seed, out=self.dataset, metrics=folder / "dataset.json")
+        precompute_latents(
+            params.precompute, params.seed, self.base, self.dataset, self.latents, folder / "precompute.json"
+        )
+
+    def train(self, out: Path, base: Path | None = None, seed: int = 0, **changes: dict) -> Run:
+        AcceleratorState._reset_state(reset_partial_state=True)  # each run chooses its own precision
+        params: Params = self.make_params(**changes)
+        checkpoints, train_curve, validation_curve = out / "checkpoints", out / "train.csv", out / "validation.csv"
+        train_unet(
+            params.train, params.validation, seed, base=base or self.base, latents=self.latents, out=checkpoints,
+            metrics=out / "train.json", train_curve=train_curve, validation_curve=validation_curve, runs=out / "runs",
+        )  # fmt: skip
+        return Run(checkpoints, out / "train.json", pd.read_csv(train_curve), pd.read_csv(validation_curve))
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory, make_params, root) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("workspace"), make_params, root)
+
+
+@pytest.fixture(scope="session")
+def run(workspace, tmp_path_factory) -> Run:
+    """One plain run of the shrunken default."""
+    return workspace.train(tmp_path_factory.mktemp("run"))

@@ -1,0 +1,166 @@
+"""What a run ends in: the exported model, the grid, the numbers, and pictures by hand."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sdtrain import cli
+from sdtrain.errors import InputError
+from sdtrain.evaluate import evaluate_model
+from sdtrain.export import export_model
+from sdtrain.sample import draw_grid, sample_grid
+
+
+@pytest.fixture(scope="module")
+def model(workspace, run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("model") / "model"
+    export_model(workspace.make_params().export, workspace.base, run.checkpoints, out)
+    return out
+
+
+def test_stock_diffusers_loads_the_export_and_computes_the_checkpoint(run, model, tmp_path):
+    """In a process that has never heard of sdtrain."""
+    script = """
+import sys, torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+image = pipeline("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(3)).images[0]
+assert image.size == (64, 64), image.size
+torch.save(dict(pipeline.unet.state_dict()), sys.argv[2])
+assert not any(name.split(".")[0] == "sdtrain" for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script, model, tmp_path / "unet.pt"], check=True, cwd=tmp_path)
+    exported = torch.load(tmp_path / "unet.pt", weights_only=True)
+    trained = load_file(run.checkpoints / "best" / "unet_ema" / "diffusion_pytorch_model.safetensors")
+    assert exported.keys() == trained.keys()
+    assert all(torch.equal(exported[name], trained[name]) for name in trained)
+
+
+def test_an_export_that_differs_from_the_checkpoint_is_not_kept(workspace, run, tmp_path, monkeypatch):
+    save = StableDiffusionPipeline.save_pretrained
+
+    def save_wrongly(self, folder, **options):
+        save(self, folder, **options)
+        path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(path)
+        tensors["conv_out.bias"] += 0.1
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", save_wrongly)
+    with pytest.raises(AssertionError, match="differs from the checkpoint's by"):
+        export_model(workspace.make_params().export, workspace.base, run.checkpoints, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fp16_export_is_half_as_large_and_close(workspace, run, model, tmp_path):
+    params = workspace.make_params(export={"dtype": "fp16", "weights": "raw", "checkpoint": "last"})
+    export_model(params.export, workspace.base, run.checkpoints, tmp_path / "model")
+    path = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "model" / path).stat().st_size < 0.55 * (model / path).stat().st_size
+    raw = load_file(run.checkpoints / "last" / "unet" / "diffusion_pytorch_model.safetensors")
+    half = load_file(tmp_path / "model" / path)
+    assert all(torch.equal(half[name], raw[name].half()) for name in raw)
+
+
+def test_the_model_card_and_config_tell_what_it_is(model):
+    card = (model / "README.md").read_text()
+    assert "4 of 4 steps" in card or "2 of 4 steps" in card
+    assert "unet: local folder" in card.replace("\n", " ") or "local folder" in card
+    config = json.loads((model / "training_config.json").read_text())
+    assert config["export"] == {"checkpoint": "best", "weights": "ema", "dtype": "fp32"}
+
+
+def test_v_prediction_reaches_the_exported_scheduler(workspace, tmp_path):
+    run = workspace.train(tmp_path, train={"prediction_type": "v_prediction", "max_steps": 1})
+    export_model(workspace.make_params().export, workspace.base, run.checkpoints, tmp_path / "model")
+    scheduler = json.loads((tmp_path / "model" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+
+
+def test_exporting_weights_that_were_not_kept_is_refused(workspace, tmp_path):
+    run = workspace.train(tmp_path, train={"use_ema": False, "max_steps": 1}, export={"weights": "raw"})
+    with pytest.raises(InputError, match="keeps no ema weights; use 'raw'"):
+        export_model(workspace.make_params().export, workspace.base, run.checkpoints, tmp_path / "model")
+
+
+def test_the_grid_shows_base_beside_trained(workspace, model, tmp_path):
+    params = workspace.make_params().sample
+    sample_grid(params, 0, workspace.base, model, tmp_path / "samples")
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["grid.png"]
+    with Image.open(tmp_path / "samples" / "grid.png") as grid:
+        assert grid.width > 2 * 128
+        assert grid.height > len(params.prompts) * 128
+
+
+def test_grid_puts_each_picture_in_its_place():
+    red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
+    grid = draw_grid({"base": [[red], [red]], "trained": [[blue], [blue]]}, ["one", "two"])
+    half = grid.width // 2
+    columns = [grid.crop((0, 0, half, grid.height)), grid.crop((half, 0, grid.width, grid.height))]
+    counts = [dict((color, n) for n, color in column.getcolors(maxcolors=1 << 24)) for column in columns]
+    assert counts[0][255, 0, 0] == counts[1][0, 0, 255] == 2 * 128 * 128
+    assert (0, 0, 255) not in counts[0]
+    assert (255, 0, 0) not in counts[1]
+
+
+def test_evaluate_writes_the_numbers_with_their_counts(workspace, model, tmp_path):
+    params = workspace.make_params().evaluate
+    evaluate_model(
+        params, 0, base=workspace.base, model=model, dataset=workspace.dataset, latents=workspace.latents,
+        metrics=tmp_path / "e.json", loss_table=tmp_path / "loss.csv", accuracy_table=tmp_path / "accuracy.csv",
+    )  # fmt: skip
+    numbers = json.loads((tmp_path / "e.json").read_text())
+    assert numbers["num_held_out"] == json.loads((workspace.folder / "dataset.json").read_text())["num_validation"]
+    gain = numbers["held_out_loss_base"] - numbers["held_out_loss_trained"]
+    assert numbers["held_out_loss_gain"] == pytest.approx(gain, abs=1e-9)
+    assert numbers["held_out_loss_gain_ci_low"] <= gain <= numbers["held_out_loss_gain_ci_high"]
+    assert {f"known_color_accuracy_{name}" for name in ("base", "trained")} <= numbers.keys()
+
+
+def test_a_model_equal_to_its_base_gains_exactly_nothing(workspace, tmp_path):
+    evaluate_model(
+        workspace.make_params().evaluate, 0, base=workspace.base, model=workspace.base, dataset=workspace.dataset,
+        latents=workspace.latents, metrics=tmp_path / "e.json", loss_table=tmp_path / "l.csv",
+        accuracy_table=tmp_path / "a.csv",
+    )  # fmt: skip
+    numbers = json.loads((tmp_path / "e.json").read_text())
+    assert numbers["held_out_loss_gain"] == numbers["held_out_loss_gain_ci_high"] == 0
+    assert numbers["known_shape_accuracy_base"] == numbers["known_shape_accuracy_trained"]
+
+
+def test_generate_draws_the_same_from_model_and_checkpoint(workspace, run, model, tmp_path, capsys):
+    arguments = ["--prompt", "a red circle", "--num-images", "2", "--seed", "5", "--steps", "2"]
+    cli.main(["generate", "--model", str(model), *arguments, "--out", str(tmp_path / "model")])
+    checkpoint = ["--model", str(run.checkpoints / "best"), "--base", str(workspace.base)]
+    cli.main(["generate", *checkpoint, *arguments, "--batch-size", "1", "--out", str(tmp_path / "checkpoint")])
+    names = ["000-seed5.png", "001-seed6.png"]
+    for folder in ("model", "checkpoint"):
+        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == names
+    for name in names:
+        with Image.open(tmp_path / "model" / name) as one, Image.open(tmp_path / "checkpoint" / name) as two:
+            difference = max(
+                high for _, high in __import__("PIL.ImageChops", fromlist=["x"]).difference(one, two).getextrema()
+            )
+        assert difference <= 1, "batching may round a pixel, no more"
+    assert "a red circle" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nowhere"], "--model nowhere: no such folder"),
+        (["--model", "tests"], "not a Diffusers model"),
+    ],
+)
+def test_generate_explains_what_is_wrong(root, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(root)
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["generate", *arguments, "--prompt", "x", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,168 @@
+"""Training: what must not depend on how it is run, and what it leaves behind."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdtrain.errors import InputError
+from sdtrain.models import load_unet
+
+
+def weights(run, checkpoint="last", kind="unet"):
+    return load_file(run.checkpoints / checkpoint / kind / "diffusion_pytorch_model.safetensors")
+
+
+def test_the_same_params_give_the_same_bits(workspace, run, tmp_path):
+    again = workspace.train(tmp_path)
+    for kind in ("unet", "unet_ema"):
+        one, two = weights(run, kind=kind), weights(again, kind=kind)
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    assert again.train_curve.equals(run.train_curve)
+    assert again.metrics.read_bytes() == run.metrics.read_bytes()
+
+
+def test_accumulation_changes_rounding_only(workspace, run, tmp_path):
+    split = workspace.train(tmp_path, train={"micro_batch_size": 2})
+    assert split.train_curve.loss.tolist() == pytest.approx(run.train_curve.loss.tolist(), rel=1e-4)
+    assert split.train_curve.grad_norm.tolist() == pytest.approx(run.train_curve.grad_norm.tolist(), rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_rounding_only(workspace, run, tmp_path):
+    recomputed = workspace.train(tmp_path, train={"gradient_checkpointing": True})
+    assert recomputed.train_curve.loss.tolist() == pytest.approx(run.train_curve.loss.tolist(), rel=1e-5)
+
+
+def test_another_seed_sees_other_noise_but_the_same_held_out_questions(workspace, run, tmp_path):
+    other = workspace.train(tmp_path, seed=1)
+    assert other.validation_curve.loss_raw[0] == run.validation_curve.loss_raw[0]
+    assert other.train_curve.loss[0] != run.train_curve.loss[0]
+
+
+def test_ema_follows_its_formula(workspace, tmp_path):
+    """After two steps the average is d·w₁ + (1-d)·w₂ with d = min((1+1)/(10+1), ema_decay)."""
+    steady = {"lr_scheduler": "constant", "lr_warmup_steps": 0}
+    first = weights(workspace.train(tmp_path / "one", train={**steady, "max_steps": 1}))
+    two = workspace.train(tmp_path / "two", train={**steady, "max_steps": 2})
+    second, average = weights(two), weights(two, kind="unet_ema")
+    decay = 2 / 11
+    for name in first:
+        torch.testing.assert_close(
+            average[name], decay * first[name] + (1 - decay) * second[name], rtol=1e-5, atol=1e-7
+        )
+
+
+def test_without_ema_no_ema_is_kept(workspace, tmp_path):
+    run = workspace.train(tmp_path, train={"use_ema": False}, export={"weights": "raw"})
+    assert not (run.checkpoints / "last" / "unet_ema").exists()
+    assert run.validation_curve.loss_ema.isna().all()
+
+
+def test_best_is_the_validation_with_the_least_loss(run):
+    curve = run.validation_curve
+    assert curve.step.tolist() == [0, 2, 4]
+    trained = curve[curve.step > 0]
+    best = json.loads((run.checkpoints / "best" / "training_config.json").read_text())
+    assert best["step"] == trained.step[trained.loss_ema.idxmin()]
+    assert best["validation_loss"] == pytest.approx(trained.loss_ema.min())
+    summary = json.loads(run.metrics.read_text())
+    assert summary["best_step"] == best["step"]
+    assert summary["base_validation_loss"] == pytest.approx(curve.loss_raw[0])
+
+
+def test_checkpoints_hold_what_made_them(run, workspace):
+    config = json.loads((run.checkpoints / "last" / "training_config.json").read_text())
+    assert config["step"] == config["num_steps"] == 4
+    assert config["params"]["lr"] == workspace.make_params().train.lr
+    assert config["latents_fingerprint"] == json.loads((workspace.latents / "manifest.json").read_text())["fingerprint"]
+    assert set(config["libraries"]) == {"torch", "diffusers", "transformers", "accelerate"}
+
+
+def test_training_moves_the_weights_and_lowers_the_loss(workspace, run, tmp_path):
+    """Forty steps on sixty scenes: the held-out loss falls below the base's."""
+    longer = workspace.train(
+        tmp_path, train={"max_steps": 40, "lr": 5.0e-4}, validation={"every_n_steps": 40, "max_samples": 9}
+    )
+    assert longer.validation_curve.loss_raw.iloc[-1] < longer.validation_curve.loss_raw[0]
+
+
+def test_max_epochs_counts_passes(workspace, tmp_path):
+    num_train = json.loads((workspace.folder / "dataset.json").read_text())["num_train"]
+    run = workspace.train(
+        tmp_path, train={"max_steps": None, "max_epochs": 1, "batch_size": 16, "micro_batch_size": 16}
+    )
+    assert json.loads(run.metrics.read_text())["num_steps"] == math.ceil(num_train / 16)
+
+
+def test_v_prediction_trains_and_is_compared_in_epsilon(workspace, tmp_path):
+    run = workspace.train(tmp_path, train={"prediction_type": "v_prediction", "max_steps": 2})
+    config = json.loads((run.checkpoints / "last" / "training_config.json").read_text())
+    assert config["params"]["prediction_type"] == "v_prediction"
+    assert (
+        run.train_curve.loss[0] > 1.2 * workspace.train(tmp_path / "e", train={"max_steps": 1}).train_curve.loss[0]
+    ), "a UNet that predicts noise is a poor predictor of velocity"
+
+
+def test_bf16_trains_close_to_fp32(workspace, run, tmp_path):
+    bf16 = workspace.train(tmp_path, train={"precision": "bf16"})
+    assert bf16.train_curve.loss.tolist() == pytest.approx(run.train_curve.loss.tolist(), rel=5e-2)
+    assert bf16.train_curve.loss.tolist() != run.train_curve.loss.tolist()
+    assert weights(bf16)["conv_in.weight"].dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA GPU")
+def test_fp16_without_a_gpu_is_refused(workspace, tmp_path):
+    with pytest.raises(InputError, match="fp16.*needs a CUDA GPU"):
+        workspace.train(tmp_path, train={"precision": "fp16"})
+
+
+def test_a_loss_that_explodes_stops_the_run_and_saves_nothing(workspace, tmp_path):
+    with pytest.raises(InputError, match="stopped being finite between steps"):
+        workspace.train(
+            tmp_path, train={"lr": 1.0e30, "lr_scheduler": "constant", "max_steps": 6, "max_grad_norm": None}
+        )
+    assert not list(tmp_path.glob("checkpoints*"))
+
+
+def test_warmup_longer_than_the_epochs_is_refused(workspace, tmp_path):
+    with pytest.raises(InputError, match=r"lr_warmup_steps = 9: must be below the run's 7 steps"):
+        workspace.train(tmp_path, train={"max_steps": None, "max_epochs": 1, "lr_warmup_steps": 9})
+
+
+def test_a_cache_of_another_vae_is_refused(workspace, tmp_path):
+    import shutil
+
+    other = tmp_path / "base"
+    shutil.copytree(workspace.base, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["files"]["vae/diffusion_pytorch_model.safetensors"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="encoded by another base model.*dvc repro precompute"):
+        workspace.train(tmp_path / "run", base=other)
+
+
+def test_pictures_and_scalars_reach_tensorboard(workspace, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    workspace.train(tmp_path, validation={"prompts": ["a red circle", "a blue square"]})
+    (events,) = (tmp_path / "runs").rglob("events.out.tfevents.*")
+    board = EventAccumulator(str(events), size_guidance={"images": 0})
+    board.Reload()
+    tags = board.Tags()
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/images_per_s", "validation/loss_ema"} <= set(
+        tags["scalars"]
+    )
+    assert {
+        image.step
+        for image in board.Images(
+            "validation/samples/0" if "validation/samples/0" in tags["images"] else "validation/samples"
+        )
+    } == {2, 4}
+
+
+def test_checkpoint_loads_as_a_plain_diffusers_unet(run):
+    unet = load_unet(run.checkpoints / "best" / "unet_ema")
+    assert not any(p.requires_grad for p in unet.parameters())
+    assert unet.dtype == torch.float32

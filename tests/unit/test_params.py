@@ -1,0 +1,228 @@
+"""params.yaml: what loads, and how faults are told."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sdtrain.errors import InputError
+from sdtrain.params import _RULES, Params, Section, _View, check_params, load_params
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "params.yaml"
+
+
+def changed(**changes) -> dict:
+    """The shipped tree with `section__key=value` changes; `...` deletes the key."""
+    tree = load_params(SHIPPED).model_dump()
+    for name, value in changes.items():
+        *section, key = name.split("__")
+        parent = tree[section[0]] if section else tree
+        if value is ...:
+            del parent[key]
+        else:
+            parent[key] = value
+    return tree
+
+
+def message(tree: object) -> str:
+    with pytest.raises(InputError) as caught:
+        check_params(tree)
+    return str(caught.value)
+
+
+def load_text(tmp_path: Path, old: str, new: str) -> Params:
+    """The shipped file, read back after one replacement in its text."""
+    text = SHIPPED.read_text(encoding="utf-8")
+    assert text.count(old) == 1, old
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return load_params(path)
+
+
+@pytest.mark.parametrize("path", [SHIPPED, *sorted((ROOT / "recipes").glob("*.yaml"))], ids=lambda path: path.name)
+def test_shipped_params_load(path):
+    params = load_params(path)
+    assert params.model_dump() == yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-05", 1e-5), ("1.0e-4", 1e-4), ("1e5", 1e5), ("3", 3.0), ("+.5", 0.5), ("2.", 2.0), ("1E+2", 100.0)],
+)
+def test_numbers_arrive_as_floats(tmp_path, text, value):
+    lr = load_text(tmp_path, "lr: 4.0e-4", f"lr: {text}").train.lr
+    assert lr == value
+    assert isinstance(lr, float)
+
+
+@pytest.mark.parametrize("word", ["no", "on", "yes", "off", "1_000", "2026-11-21", "12:30"])
+def test_words_stay_strings(tmp_path, word):
+    assert load_text(tmp_path, "negative_prompt: ''", f"negative_prompt: {word}").sample.negative_prompt == word
+
+
+def test_yaml_1_1_booleans_are_not_booleans(tmp_path):
+    with pytest.raises(InputError, match=r"train\.use_ema = 'yes': input should be a valid boolean"):
+        load_text(tmp_path, "use_ema: true", "use_ema: yes")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("seed: 0", "seed: 0\nseed: 1"), ("  use_ema: true", "  lr: 1.0\n  use_ema: true")]
+)
+def test_key_given_twice_is_refused(tmp_path, old, new):
+    with pytest.raises(InputError, match=r"key '(seed|lr)' is given twice"):
+        load_text(tmp_path, old, new)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [(b"seed: [1", "not valid YAML"), (b"seed: \xff", "not valid YAML"), (b"", "got NoneType"), (b"- 1", "got list")],
+)
+def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path, data, words):
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=rf"odd\.yaml: .*{words}"):
+        load_params(path)
+
+
+def test_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match=r"none\.yaml: no such file; run from the project's root"):
+        load_params(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("train__learning_rate", "there are lr, max_steps"),
+        ("train__max_step", "nearest is train.max_steps"),
+        ("train__random_flip", "nearest is precompute.random_flip"),
+        ("valiation", "nearest is validation"),
+        ("resolution", "nearest is precompute.resolution"),
+    ],
+)
+def test_unknown_key_names_the_nearest(key, hint):
+    assert f"{key.replace('__', '.')} = 7: unknown key; {hint}" in message(changed(**{key: 7}))
+
+
+def test_unknown_choice_names_all_and_the_nearest():
+    text = message(changed(train__precision="bf32"))
+    assert "train.precision = 'bf32': must be one of 'fp32', 'bf16', 'fp16'; nearest is '" in text
+
+
+def test_every_fault_comes_in_one_message():
+    tree = changed(
+        seed=-1,
+        train__lr=0,
+        train__lrr=0.5,
+        train__batch_size=...,
+        train__use_ema="yes",
+        validation__prompts=["fine", ""],
+        dataset__alpha_background="white",
+        export__dtype="fp64",
+        evaluate__guidance_scale=float("inf"),
+        sample=...,
+        precompute__random_flip=True,
+    )
+    head, *faults = message(tree).split("\n")
+    assert head == "params.yaml has 11 faults:"
+    for fault in (
+        "seed = -1: input should be greater than or equal to 0",
+        "train.lr = 0: input should be greater than 0",
+        "train.lrr = 0.5: unknown key; nearest is train.lr",
+        "train.batch_size: missing; the shipped params.yaml shows every key",
+        "train.use_ema = 'yes': input should be a valid boolean",
+        "validation.prompts.1 = '': string should have at least 1 character",
+        "dataset.alpha_background = 'white': string should match pattern",
+        "export.dtype = 'fp64': must be one of 'fp32', 'fp16'",
+        "evaluate.guidance_scale = inf: input should be a finite number",
+        "sample: missing",
+        "precompute.random_flip = True: the captions of dataset.source = 'generated'",
+    ):
+        assert sum(line.startswith(f"  {fault}") for line in faults) == 1, fault
+
+
+RULE_CASES = [
+    ({"base__source": "hub"}, "base.repo = None: base.source = 'hub' needs a repository, owner/name"),
+    ({"dataset__source": "hub"}, "dataset.repo = None: dataset.source = 'hub' needs a repository, owner/name"),
+    ({"base__vae_revision": "main"}, "base.vae_revision = 'main': has no effect without base.vae_repo"),
+    ({"base__text_encoder_revision": "v1"}, "base.text_encoder_revision = 'v1': has no effect without base.text_enc"),
+    ({"train__max_epochs": 3}, "train.max_steps = 800, train.max_epochs = 3: give exactly one"),
+    ({"train__max_steps": None}, "train.max_steps = None, train.max_epochs = None: give exactly one"),
+    ({"train__micro_batch_size": 12}, "train.micro_batch_size = 12: must divide train.batch_size = 32"),
+    ({"train__micro_batch_size": 64}, "train.micro_batch_size = 64: must divide train.batch_size = 32"),
+    ({"train__lr_scheduler": "constant"}, "train.lr_warmup_steps = 50: train.lr_scheduler = 'constant' has no warm-up"),
+    ({"train__lr_warmup_steps": 800}, "train.lr_warmup_steps = 800: must be below train.max_steps = 800"),
+    ({"train__use_ema": False}, "export.weights = 'ema': train.use_ema = False keeps no EMA; use 'raw'"),
+    ({"precompute__random_flip": True}, "precompute.random_flip = True: the captions of dataset.source = 'generated'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "fault"), RULE_CASES)
+def test_cross_field_rule(changes, fault):
+    head, *faults = message(changed(**changes)).split("\n")
+    assert head == "params.yaml has 1 fault:"
+    assert len(faults) == 1
+    assert faults[0].startswith(f"  {fault}")
+
+
+@pytest.mark.parametrize(("changes", "fault"), RULE_CASES)
+def test_cross_field_rule_is_reported_beside_other_faults(changes, fault):
+    text = message(changed(**changes, evaluate=..., validation=3, train__ema_decay="high", base__unknown=1))
+    assert "params.yaml has 5 faults:" in text
+    assert f"\n  {fault}" in text
+
+
+def test_every_rule_has_a_case():
+    views = [_View(changed(**changes), faulty=set()) for changes, _ in RULE_CASES]
+    assert [rule for rule in _RULES if not any(view.ask(rule) for view in views)] == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"base__source": "hub", "base__repo": "owner/name"},
+        {"base__vae_revision": "main", "base__vae_repo": "owner/name"},
+        {"train__max_steps": None, "train__max_epochs": 1, "train__lr_warmup_steps": 800},
+        {"train__micro_batch_size": 1},
+        {"train__lr_scheduler": "constant", "train__lr_warmup_steps": 0},
+        {"train__lr_warmup_steps": 799},
+        {"train__use_ema": False, "export__weights": "raw"},
+        {"precompute__random_flip": True, "dataset__source": "imagefolder"},
+    ],
+)
+def test_what_the_rules_allow(changes):
+    assert check_params(changed(**changes)).model_dump() == changed(**changes)
+
+
+@pytest.mark.parametrize("value", ["32", None, 0, 2.5, True])
+def test_a_rule_is_silent_about_a_field_that_is_faulty_itself(value):
+    head, fault = message(changed(train__batch_size=value)).split("\n")
+    assert head == "params.yaml has 1 fault:"
+    assert fault.startswith(f"  train.batch_size = {value!r}: input should be ")
+
+
+@pytest.mark.parametrize(
+    "key", ["seed", "train__batch_size", "train__lr", "train__max_grad_norm", "dataset__num_workers"]
+)
+@pytest.mark.parametrize("value", [True, "1", "1e-4", [1]])
+def test_only_numbers_are_numbers(key, value):
+    assert f"  {key.replace('__', '.')} = {value!r}: input should be a valid " in message(changed(**{key: value}))
+
+
+def test_params_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        load_params(SHIPPED).train.lr = 1.0
+
+
+def test_every_field_and_section_is_described():
+    def fields(section: type[Section], place: str = ""):
+        assert section.__doc__, section
+        for key, info in section.model_fields.items():
+            if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+                yield from fields(info.annotation, f"{key}.")
+            else:
+                yield f"{place}{key}", info.description
+
+    described = dict(fields(Params))
+    assert {"seed", "base.path", "train.lr", "evaluate.num_bootstrap"} <= set(described)
+    assert [key for key, description in described.items() if not description] == []
