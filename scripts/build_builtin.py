@@ -71,7 +71,7 @@ SCHEDULER = {  # Stable Diffusion 1.5's
 }
 VAE_STEPS, VAE_DECAY_STEPS, VAE_BATCH, VAE_LR, VAE_KL = 3000, 7000, 8, 0.02, 1e-8
 TEXT_STEPS, TEXT_BATCH, TEXT_LR = 700, 128, 1e-3
-UNET_STEPS, UNET_BATCH, UNET_LR = 2200, 32, 0.02
+UNET_STEPS, UNET_DECAY_STEPS, UNET_BATCH, UNET_LR = 2000, 2200, 32, 0.02
 
 
 def render_world(num: int, rng: np.random.Generator, new_share: float = 0.5) -> tuple[np.ndarray, list[scenes.Scene]]:
@@ -337,7 +337,7 @@ def build_unet() -> None:
         noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
         loss = F.mse_loss(unet(noisy_latents, timesteps, text_encoder(ids).last_hidden_state).sample, noise)
         loss.backward()
-        optimizer.step(cosine(step, UNET_STEPS))
+        optimizer.step(cosine(step, UNET_DECAY_STEPS))
         average.update()
         losses.append(loss.item())
         if (step + 1) % 250 == 0:

@@ -9,7 +9,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdtrain.diffusion import PredictionType
 from sdtrain.errors import InputError
-from sdtrain.models import load_scheduler, load_text_encoder, load_tokenizer, load_vae, pick_device
+from sdtrain.models import hide_progress_bars, load_scheduler, load_text_encoder, load_tokenizer, load_vae, pick_device
 
 
 def build_pipeline(
@@ -44,6 +44,7 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
     """
     if not (folder / "model_index.json").exists():
         raise InputError(f"{folder}: not a Diffusers model (it lacks model_index.json)")
+    hide_progress_bars()
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(pick_device())

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -13,11 +15,18 @@ def pick_device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
+def hide_progress_bars() -> None:
+    """Hide the bars that Diffusers and Transformers draw while they load and save weights."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def load_vae(base: Path) -> AutoencoderKL:
     return _frozen(AutoencoderKL.from_pretrained(base, subfolder="vae", dtype=torch.float32))
 
 
 def load_text_encoder(base: Path) -> CLIPTextModel:
+    hide_progress_bars()
     return _frozen(CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32))
 
 
