@@ -29,7 +29,9 @@ def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path)
     with torch.inference_mode():
         expected = unet(**probe).sample
     with new_folder(out) as folder:
-        pipeline.to(dtype=torch.float16 if params.dtype == "fp16" else torch.float32)
+        if params.dtype == "fp16":
+            for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+                part.half()
         pipeline.save_pretrained(folder, safe_serialization=True)
         write_json(folder / "training_config.json", {**config, "export": params.model_dump()})
         write_text(folder / "README.md", _model_card(params, config, read_json(base / "manifest.json")))

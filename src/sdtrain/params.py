@@ -67,7 +67,7 @@ class DatasetParams(Section):
     image_column: Text
     """Column that holds the picture (`jpg`, `png`, … in WebDataset tars; `image` in an image folder)."""
     caption_column: Text
-    """Column that holds the caption (`txt` or `json` key in WebDataset tars)."""
+    """Column that holds the caption (`txt` in WebDataset tars)."""
     max_train_samples: PositiveInt | None
     """Stop at this many training pictures, taken in an order drawn from `seed`; null takes all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]

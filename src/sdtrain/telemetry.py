@@ -14,6 +14,10 @@ from tqdm import tqdm
 from sdtrain.errors import InputError
 from sdtrain.files import write_text
 
+_NOTHING_SAVED = (
+    "nothing was saved: lower train.lr, set train.max_grad_norm, or use train.precision: bf16 in place of fp16"
+)
+
 
 class RunLog:
     """Collects a run's curves. Reads numbers off the device once an interval, never at every step."""
@@ -31,7 +35,7 @@ class RunLog:
         """Note one optimizer step; `flush` ends the interval and writes its means.
 
         Raises:
-            InputError: a loss of the interval, or the last gradient, isn't finite.
+            InputError: a loss of the interval isn't finite.
         """
         self._losses.append(loss)
         self._progress.update()
@@ -40,8 +44,7 @@ class RunLog:
         losses = [loss.item() for loss in self._losses]
         if not all(map(math.isfinite, losses)):
             raise InputError(
-                f"the loss stopped being finite between steps {self._flushed_step} and {step}, nothing was saved: "
-                "lower train.lr, set train.max_grad_norm, or use train.precision: bf16 in place of fp16"
+                f"the loss stopped being finite between steps {self._flushed_step} and {step}, {_NOTHING_SAVED}"
             )
         elapsed = time.perf_counter() - self._interval_start
         row = {"step": step, "loss": sum(losses) / len(losses), "lr": lr, "grad_norm": float(grad_norm)}
@@ -53,7 +56,13 @@ class RunLog:
         self._losses, self._flushed_step, self._interval_start = [], step, time.perf_counter()
 
     def validation(self, step: int, losses: dict[str, float], images: list[Image.Image]) -> None:
-        """Note a validation: held-out loss by kind of weights (`raw`, `ema`), and its pictures."""
+        """Note a validation: held-out loss by kind of weights (`raw`, `ema`), and its pictures.
+
+        Raises:
+            InputError: a loss isn't finite.
+        """
+        if not all(map(math.isfinite, losses.values())):
+            raise InputError(f"the held-out loss isn't finite at step {step}, {_NOTHING_SAVED}")
         self.validation_rows.append({"step": step, **{f"loss_{kind}": loss for kind, loss in losses.items()}})
         self._accelerator.log({f"validation/loss_{kind}": loss for kind, loss in losses.items()}, step=step)
         if images:

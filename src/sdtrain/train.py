@@ -66,6 +66,7 @@ def train_unet(
     unet, text_encoder, vae = load_unet(base / "unet"), load_text_encoder(base).to(device), load_vae(base).to(device)
     tokenizer, scheduler = load_tokenizer(base), load_scheduler(base)
     alphas_cumprod, scaling_factor = scheduler.alphas_cumprod.to(device), vae.config.scaling_factor
+    unet.register_to_config(sample_size=shards.manifest["shape"][-1])  # draws pictures of the training's size
     unet.requires_grad_(True).train()
     if params.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

@@ -37,13 +37,15 @@ class Workspace:
             params.precompute, params.seed, self.base, self.dataset, self.latents, folder / "precompute.json"
         )
 
-    def train(self, out: Path, base: Path | None = None, seed: int = 0, **changes: dict) -> Run:
+    def train(
+        self, out: Path, base: Path | None = None, latents: Path | None = None, seed: int = 0, **changes: dict
+    ) -> Run:
         AcceleratorState._reset_state(reset_partial_state=True)  # each run chooses its own precision
         params: Params = self.make_params(**changes)
         checkpoints, train_curve, validation_curve = out / "checkpoints", out / "train.csv", out / "validation.csv"
         train_unet(
-            params.train, params.validation, seed, base=base or self.base, latents=self.latents, out=checkpoints,
-            metrics=out / "train.json", train_curve=train_curve, validation_curve=validation_curve, runs=out / "runs",
+            params.train, params.validation, seed, base=base or self.base, latents=latents or self.latents,
+            out=checkpoints, metrics=out / "train.json", train_curve=train_curve, validation_curve=validation_curve, runs=out / "runs",
         )  # fmt: skip
         return Run(checkpoints, out / "train.json", pd.read_csv(train_curve), pd.read_csv(validation_curve))
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
 from sdtrain import cli
@@ -71,8 +71,8 @@ def test_fp16_export_is_half_as_large_and_close(workspace, run, model, tmp_path)
 
 def test_the_model_card_and_config_tell_what_it_is(model):
     card = (model / "README.md").read_text()
-    assert "4 of 4 steps" in card or "2 of 4 steps" in card
-    assert "unet: local folder" in card.replace("\n", " ") or "local folder" in card
+    assert "of 4 steps on" in card
+    assert "local folder" in card
     config = json.loads((model / "training_config.json").read_text())
     assert config["export"] == {"checkpoint": "best", "weights": "ema", "dtype": "fp32"}
 
@@ -145,9 +145,7 @@ def test_generate_draws_the_same_from_model_and_checkpoint(workspace, run, model
         assert sorted(path.name for path in (tmp_path / folder).iterdir()) == names
     for name in names:
         with Image.open(tmp_path / "model" / name) as one, Image.open(tmp_path / "checkpoint" / name) as two:
-            difference = max(
-                high for _, high in __import__("PIL.ImageChops", fromlist=["x"]).difference(one, two).getextrema()
-            )
+            difference = max(high for _, high in ImageChops.difference(one, two).getextrema())
         assert difference <= 1, "batching may round a pixel, no more"
     assert "a red circle" in capsys.readouterr().out
 

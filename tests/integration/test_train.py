@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from sdtrain.errors import InputError
 from sdtrain.models import load_unet
+from sdtrain.precompute import precompute_latents
 
 
 def weights(run, checkpoint="last", kind="unet"):
@@ -132,8 +134,6 @@ def test_warmup_longer_than_the_epochs_is_refused(workspace, tmp_path):
 
 
 def test_a_cache_of_another_vae_is_refused(workspace, tmp_path):
-    import shutil
-
     other = tmp_path / "base"
     shutil.copytree(workspace.base, other)
     manifest = json.loads((other / "manifest.json").read_text())
@@ -160,6 +160,14 @@ def test_pictures_and_scalars_reach_tensorboard(workspace, tmp_path):
             "validation/samples/0" if "validation/samples/0" in tags["images"] else "validation/samples"
         )
     } == {2, 4}
+
+
+def test_the_unet_remembers_the_size_it_was_trained_at(workspace, tmp_path):
+    params = workspace.make_params(precompute={"resolution": 128})
+    latents = tmp_path / "latents"
+    precompute_latents(params.precompute, 0, workspace.base, workspace.dataset, latents, tmp_path / "metrics.json")
+    run = workspace.train(tmp_path / "run", latents=latents, train={"max_steps": 1})
+    assert load_unet(run.checkpoints / "best" / "unet").config.sample_size == 16
 
 
 def test_checkpoint_loads_as_a_plain_diffusers_unet(run):

@@ -1,5 +1,7 @@
 """What a training step sees depends on (seed, step, position) alone."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -45,7 +47,7 @@ def test_a_step_is_the_same_however_it_is_split(split):
     batches = maker(Shards(20, std=0.5, has_flipped=True), caption_dropout=0.3)
     whole = batches.make(7, range(6), CPU)
     starts = np.cumsum([0, *split])
-    parts = [batches.make(7, range(a, b), CPU) for a, b in zip(starts, starts[1:], strict=False)]
+    parts = [batches.make(7, range(a, b), CPU) for a, b in pairwise(starts)]
     for name in ("latents", "noise", "timesteps", "input_ids"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
@@ -102,5 +104,5 @@ def test_mirrors_and_dropped_captions_come_at_their_rates():
 def test_without_mirrors_or_dropout_there_are_none():
     batches = maker(Shards(10), batch_size=50)
     made = batches.make(0, range(50), CPU)
-    assert (made.latents >= 0).all()
+    assert (made.latents > -1e-6).all()
     assert (made.input_ids >= 0).all()
