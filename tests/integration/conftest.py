@@ -45,7 +45,8 @@ class Workspace:
         checkpoints, train_curve, validation_curve = out / "checkpoints", out / "train.csv", out / "validation.csv"
         train_unet(
             params.train, params.validation, seed, base=base or self.base, latents=latents or self.latents,
-            out=checkpoints, metrics=out / "train.json", train_curve=train_curve, validation_curve=validation_curve, runs=out / "runs",
+            out=checkpoints, metrics=out / "train.json", train_curve=train_curve,
+            validation_curve=validation_curve, runs=out / "runs",
         )  # fmt: skip
         return Run(checkpoints, out / "train.json", pd.read_csv(train_curve), pd.read_csv(validation_curve))
 
