@@ -51,7 +51,7 @@ def test_shipped_params_load(path):
     [("1e-05", 1e-5), ("1.0e-4", 1e-4), ("1e5", 1e5), ("3", 3.0), ("+.5", 0.5), ("2.", 2.0), ("1E+2", 100.0)],
 )
 def test_numbers_arrive_as_floats(tmp_path, text, value):
-    lr = load_text(tmp_path, "lr: 4.0e-4", f"lr: {text}").train.lr
+    lr = load_text(tmp_path, "lr: 1.0e-3", f"lr: {text}").train.lr
     assert lr == value
     assert isinstance(lr, float)
 
@@ -146,12 +146,18 @@ RULE_CASES = [
     ({"dataset__source": "hub"}, "dataset.repo = None: dataset.source = 'hub' needs a repository, owner/name"),
     ({"base__vae_revision": "main"}, "base.vae_revision = 'main': has no effect without base.vae_repo"),
     ({"base__text_encoder_revision": "v1"}, "base.text_encoder_revision = 'v1': has no effect without base.text_enc"),
-    ({"train__max_epochs": 3}, "train.max_steps = 800, train.max_epochs = 3: give exactly one"),
+    (
+        {"train__max_steps": 800, "train__max_epochs": 3},
+        "train.max_steps = 800, train.max_epochs = 3: give exactly one",
+    ),
     ({"train__max_steps": None}, "train.max_steps = None, train.max_epochs = None: give exactly one"),
     ({"train__micro_batch_size": 12}, "train.micro_batch_size = 12: must divide train.batch_size = 32"),
     ({"train__micro_batch_size": 64}, "train.micro_batch_size = 64: must divide train.batch_size = 32"),
     ({"train__lr_scheduler": "constant"}, "train.lr_warmup_steps = 50: train.lr_scheduler = 'constant' has no warm-up"),
-    ({"train__lr_warmup_steps": 800}, "train.lr_warmup_steps = 800: must be below train.max_steps = 800"),
+    (
+        {"train__max_steps": 800, "train__lr_warmup_steps": 800},
+        "train.lr_warmup_steps = 800: must be below train.max_steps = 800",
+    ),
     ({"train__use_ema": False}, "export.weights = 'ema': train.use_ema = False keeps no EMA; use 'raw'"),
     ({"precompute__random_flip": True}, "precompute.random_flip = True: the captions of dataset.source = 'generated'"),
 ]
