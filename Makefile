@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 repro: setup  ## Run the pipeline that params.yaml describes
 	dvc repro
 
-test: setup  ## Check style, layers and types of input; run the tests
+test: setup  ## Check the style and run the tests
 	ruff check .
 	python -m pytest
 

@@ -15,8 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument(
         "--base",
         type=Path,
-        default=Path("data/base"),
-        help="where a checkpoint's VAE and text encoder come from (%(default)s)",
+        help="where a checkpoint's VAE and text encoder come from (data/base)",
     )
     command.add_argument("--weights", choices=["ema", "raw"], help="a checkpoint's weights; ema where it keeps them")
     command.add_argument("--prompt", action="append", required=True, help="may be given several times")
@@ -49,10 +48,14 @@ def _generate(options: argparse.Namespace) -> None:
     from sdtrain.models import pick_device
 
     if is_checkpoint(options.model):
+        base = options.base or Path("data/base")
+        if not (base / "model_index.json").exists():
+            raise InputError(f"--base {base}: no base model here; a checkpoint needs its VAE and text encoder")
         unet, config = load_checkpoint(options.model, options.weights)
-        pipeline = build_pipeline(options.base, unet, config["params"]["prediction_type"]).to(pick_device())
-    elif options.weights:
-        raise InputError(f"--weights {options.weights}: {options.model} is a whole model, not a checkpoint")
+        pipeline = build_pipeline(base, unet, config["params"]["prediction_type"]).to(pick_device())
+    elif options.weights or options.base:
+        option = f"--weights {options.weights}" if options.weights else f"--base {options.base}"
+        raise InputError(f"{option}: {options.model} is a whole model, not a checkpoint")
     else:
         pipeline = load_pipeline(options.model)
     prompts = [prompt for prompt in options.prompt for _ in range(options.num_images)]

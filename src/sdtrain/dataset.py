@@ -31,7 +31,7 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
     Raises:
         InputError: the source can't be read, lacks a column, or leaves a split without pictures.
     """
-    with new_folder(out) as folder, tempfile.TemporaryDirectory() as scratch:
+    with new_folder(out) as folder, tempfile.TemporaryDirectory(dir=out.parent, suffix=".partial") as scratch:
         source = open_source(params, seed, scratch)
         writers = {split: DatasetWriter(folder, split) for split in SPLITS}
         outcomes = Counter()
@@ -54,7 +54,7 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
                 table.writerow([candidate.name, split, "", row["id"]])
                 if writers["train"].num_rows == params.max_train_samples:
                     break
-            unread = [(f"row {index}", "beyond max_train_samples") for index in source.order[num_read:]]
+            unread = [(source.name(index), "beyond max_train_samples") for index in source.order[num_read:]]
             unread += [(name, "not listed in the metadata, hidden, or of an unknown type") for name in source.unlisted]
             for name, reason in unread:
                 table.writerow([name, "dropped", reason, ""])

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from sdtrain import __version__
 from sdtrain.checkpoints import load_checkpoint
@@ -25,6 +25,8 @@ def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path)
     """
     unet, config = load_checkpoint(checkpoints / params.checkpoint, params.weights)
     pipeline = build_pipeline(base, unet, config["params"]["prediction_type"])
+    # The exported folder draws as the grid and `sdtrain generate` do.
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     probe = _probe(unet)
     with torch.inference_mode():
         expected = unet(**probe).sample

@@ -122,6 +122,10 @@ class TrainParams(Section):
     """Clip the gradient's global L2 norm to this; null doesn't clip."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     """Diffusers' schedule of the learning rate over the run."""
+    lr_num_cycles: PositiveInt
+    """`cosine_with_restarts` only: how often the cosine starts anew."""
+    lr_power: Annotated[float, Field(gt=0)]
+    """`polynomial` only: its exponent; 1 is linear."""
     lr_warmup_steps: NonNegativeInt
     """Optimizer steps of linear warm-up; `constant` has none."""
     gradient_checkpointing: bool
@@ -142,7 +146,7 @@ class ValidationParams(Section):
     """The held-out loss and the pictures during training."""
 
     every_n_steps: PositiveInt
-    """Optimizer steps between validations; the first and the last step always validate."""
+    """Optimizer steps between validations; the last step always validates, and step 0 gives the base's loss."""
     num_timesteps: PositiveInt
     """Timesteps at which each held-out picture is noised, in the middle of as many equal bins."""
     max_samples: PositiveInt
@@ -150,7 +154,7 @@ class ValidationParams(Section):
     batch_size: PositiveInt
     """Noised latents per UNet call. Changes speed and memory only."""
     prompts: list[Text]
-    """Prompts drawn into TensorBoard at each validation, the same noise each time; may be empty."""
+    """Prompts drawn into TensorBoard at each validation after step 0, the same noise each time; may be empty."""
     num_inference_steps: PositiveInt
     """DPM-Solver++ steps of these pictures."""
     guidance_scale: Annotated[float, Field(ge=0)]
@@ -287,6 +291,35 @@ def _hub_needs_repo(section: str) -> _Rule:
     return rule
 
 
+def _source_reads_it(section: str, field: str, unread: str | None, *sources: str) -> _Rule:
+    """`field` must be `unread` unless the section's source is one of `sources`, which read it."""
+
+    def rule(p: _View) -> str | None:
+        source, value = getattr(p, section).source, getattr(getattr(p, section), field)
+        if source not in sources and value != unread:
+            default = "null" if unread is None else unread
+            return (
+                f"{section}.{field} = {value!r}: {section}.source = {source!r} doesn't read it; "
+                f"set {section}.source: {sources[0]}, or {section}.{field}: {default}"
+            )
+
+    return rule
+
+
+def _lr_setting_has_effect(field: str, neutral: float, scheduler: str) -> _Rule:
+    def rule(p: _View) -> str | None:
+        value = getattr(p.train, field)
+        if p.train.lr_scheduler != scheduler and value != neutral:
+            return f"train.{field} = {value}: only train.lr_scheduler = {scheduler!r} uses it; set it to {neutral}"
+
+    return rule
+
+
+def _polynomial_falls(p: _View) -> str | None:
+    if p.train.lr_scheduler == "polynomial" and p.train.lr <= 1e-7:
+        return f"train.lr = {p.train.lr}: train.lr_scheduler = 'polynomial' falls to 1e-7; take a larger lr"
+
+
 def _revision_needs_repo(part: str) -> _Rule:
     def rule(p: _View) -> str | None:
         revision = getattr(p.base, f"{part}_revision")
@@ -336,9 +369,15 @@ def _captions_survive_the_flip(p: _View) -> str | None:
 
 
 _RULES: tuple[_Rule, ...] = (
-    _hub_needs_repo("base"), _hub_needs_repo("dataset"), _revision_needs_repo("vae"),
-    _revision_needs_repo("text_encoder"), _steps_or_epochs, _micro_batch_divides, _constant_has_no_warmup,
-    _warmup_ends, _export_has_weights, _captions_survive_the_flip,
+    _hub_needs_repo("base"), _hub_needs_repo("dataset"),
+    _source_reads_it("base", "repo", None, "hub"), _source_reads_it("base", "revision", None, "hub"),
+    _source_reads_it("base", "path", "data/builtin", "local"),
+    _source_reads_it("dataset", "repo", None, "hub"), _source_reads_it("dataset", "revision", None, "hub"),
+    _source_reads_it("dataset", "path", "data/images", "imagefolder", "webdataset", "parquet"),
+    _revision_needs_repo("vae"), _revision_needs_repo("text_encoder"), _steps_or_epochs, _micro_batch_divides,
+    _lr_setting_has_effect("lr_num_cycles", 1, "cosine_with_restarts"),
+    _lr_setting_has_effect("lr_power", 1.0, "polynomial"), _polynomial_falls,
+    _constant_has_no_warmup, _warmup_ends, _export_has_weights, _captions_survive_the_flip,
 )  # fmt: skip
 
 

@@ -43,6 +43,8 @@ class Source:
     record: dict
     order: Sequence[int]
     read: Callable[[int], Candidate]
+    name: Callable[[int], str] = "row {}".format
+    """A candidate's name, without reading it."""
     unlisted: Sequence[str] = ()
     """Names of pictures that the source's metadata doesn't list, or that Datasets doesn't read."""
 
@@ -59,12 +61,13 @@ def open_source(params: DatasetParams, seed: int, scratch: str) -> Source:
     if params.source == "generated":
         return Source({"generated": params.num_scenes}, range(params.num_scenes), partial(_draw_scene, params, seed))
     record, table = _from_hub(params) if params.source == "hub" else _from_files(params, scratch)
-    read, order, unlisted = _reader(table, params), list(range(len(table))), []
+    source = Source(record, list(range(len(table))), _reader(table, params))
     if params.source == "imagefolder":
-        read, order, unlisted = _imagefolder(table, read, params)
+        source = _imagefolder(table, source, params)
     if params.max_train_samples is not None:
-        order = [order[i] for i in randomness.generator(seed, "max_train_samples").permutation(len(order))]
-    return Source(record, order, read, unlisted)
+        shuffled = randomness.generator(seed, "max_train_samples").permutation(len(table))
+        source = replace(source, order=[source.order[i] for i in shuffled])
+    return source
 
 
 def _draw_scene(params: DatasetParams, seed: int, index: int) -> Candidate:
@@ -156,9 +159,7 @@ def _reader(table: "datasets.Dataset", params: DatasetParams) -> Callable[[int],
     return candidate
 
 
-def _imagefolder(
-    table: "datasets.Dataset", read: Callable[[int], Candidate], params: DatasetParams
-) -> tuple[Callable[[int], Candidate], list[int], list[str]]:
+def _imagefolder(table: "datasets.Dataset", source: Source, params: DatasetParams) -> Source:
     """Captions from `.txt` files where the metadata has none, an order by name, and the pictures left out.
 
     Datasets reads several metadata files in the order of a set, which differs from run to run.
@@ -172,7 +173,7 @@ def _imagefolder(
         )
 
     def named(index: int) -> Candidate:
-        found = read(index)
+        found = source.read(index)
         inside = isinstance(found.picture, str) and Path(found.picture).is_relative_to(root)
         return replace(found, name=str(Path(found.picture).relative_to(root))) if inside else found
 
@@ -186,4 +187,5 @@ def _imagefolder(
     keys = [(found.name, str(found.caption)) for found in map(named, range(len(table)))]
     pictures = {str(p.relative_to(root)) for p in root.rglob("*") if p.suffix.lower() in _PICTURES}
     unlisted = sorted(pictures.difference(name for name, _ in keys))
-    return candidate, sorted(range(len(table)), key=keys.__getitem__), unlisted
+    order = sorted(range(len(table)), key=keys.__getitem__)
+    return replace(source, order=order, read=candidate, name=lambda index: keys[index][0], unlisted=unlisted)

@@ -16,4 +16,4 @@ def wilson_interval(num_right: int, num: int) -> tuple[float, float]:
     center = share + z**2 / (2 * num)
     half = z * (share * (1 - share) / num + z**2 / (4 * num**2)) ** 0.5
     scale = 1 + z**2 / num
-    return (center - half) / scale, (center + half) / scale
+    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)

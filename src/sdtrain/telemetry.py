@@ -19,24 +19,38 @@ _NOTHING_SAVED = (
 )
 
 
+_MAX_SKIPPED = 25
+"""Steps in a row: fp16's scale starts at 2¹⁶ and halves at each, so none is left to try."""
+
+
 class RunLog:
     """Collects a run's curves. Reads numbers off the device once an interval, never at every step."""
 
     def __init__(self, accelerator: Accelerator, num_steps: int, batch_size: int) -> None:
         self.train_rows: list[dict] = []
         self.validation_rows: list[dict] = []
+        self.num_skipped_steps, self._skipped_in_a_row = 0, 0
         self._accelerator, self._batch_size = accelerator, batch_size
         self._losses: list[Tensor] = []
         self._flushed_step, self._interval_start = 0, time.perf_counter()
         hidden = None if accelerator.is_main_process else True  # None hides it where there is no terminal
         self._progress = tqdm(total=num_steps, desc="train", unit="step", disable=hidden)
 
-    def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, flush: bool) -> None:
+    def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, skipped: bool, flush: bool) -> None:
         """Note one optimizer step; `flush` ends the interval and writes its means.
 
+        Args:
+            skipped: the loss scaling of fp16 found gradients that aren't finite, and left the weights.
+
         Raises:
-            InputError: a loss of the interval isn't finite.
+            InputError: a loss of the interval isn't finite, or too many steps in a row were skipped.
         """
+        self.num_skipped_steps += skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row == _MAX_SKIPPED:
+            raise InputError(
+                f"the gradients aren't finite for {_MAX_SKIPPED} steps up to step {step}, {_NOTHING_SAVED}"
+            )
         self._losses.append(loss)
         self._progress.update()
         if not flush:

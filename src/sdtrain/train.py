@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -53,8 +54,8 @@ def train_unet(
     TensorBoard's events to a new folder in `runs`.
 
     Raises:
-        InputError: the cache doesn't fit the base, the device can't do the precision, the batch can't be
-            split among the processes, or the loss stops being finite.
+        InputError: the cache doesn't fit the base, fp16 is asked for without a GPU, the batch can't be split
+            among the processes, or the loss stops being finite.
     """
     accelerator = _accelerator(params.precision, runs)
     device, main = accelerator.device, accelerator.is_main_process
@@ -66,7 +67,8 @@ def train_unet(
     unet, text_encoder, vae = load_unet(base / "unet"), load_text_encoder(base).to(device), load_vae(base).to(device)
     tokenizer, scheduler = load_tokenizer(base), load_scheduler(base)
     alphas_cumprod, scaling_factor = scheduler.alphas_cumprod.to(device), vae.config.scaling_factor
-    unet.register_to_config(sample_size=shards.manifest["shape"][-1])  # draws pictures of the training's size
+    # So that the UNet draws pictures of the training's size; pipelines reset that of UNets before Diffusers 0.9.
+    unet.register_to_config(sample_size=shards.manifest["shape"][-1], _diffusers_version=diffusers.__version__)
     unet.requires_grad_(True).train()
     if params.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -76,9 +78,15 @@ def train_unet(
         betas=(params.adam_beta1, params.adam_beta2),
         eps=params.adam_epsilon,
         weight_decay=params.weight_decay,
+        fused=device.type == "cuda",
     )
     lr_scheduler = get_scheduler(
-        params.lr_scheduler, optimizer, num_warmup_steps=params.lr_warmup_steps, num_training_steps=num_steps
+        params.lr_scheduler,
+        optimizer,
+        num_warmup_steps=params.lr_warmup_steps,
+        num_training_steps=num_steps,
+        num_cycles=params.lr_num_cycles,
+        power=params.lr_power,
     )
     model, optimizer = accelerator.prepare(unet, optimizer)
     ema = EMAModel(unet.parameters(), decay=params.ema_decay, foreach=True) if params.use_ema else None
@@ -111,7 +119,13 @@ def train_unet(
         "latents_fingerprint": shards.manifest["fingerprint"],
     }
 
-    base_loss = held_out.losses(unet, scheduler.config.prediction_type).mean().item()
+    base_prediction_type = scheduler.config.prediction_type
+    if base_prediction_type != params.prediction_type:
+        print(
+            f"train.prediction_type = {params.prediction_type!r}, the base predicts {base_prediction_type!r}: "
+            "the UNet learns to predict something else than it does"
+        )
+    base_loss = held_out.losses(unet, base_prediction_type).mean().item()
     log.validation(0, {kind: base_loss for kind in (["raw", "ema"] if ema else ["raw"])}, images=[])
     best_step, best_loss = 0, math.inf
     with new_folder(out) if main else nullcontext() as folder:
@@ -128,14 +142,16 @@ def train_unet(
             grad_norm = accelerator.clip_grad_norm_(unet.parameters(), params.max_grad_norm or math.inf)
             lr = lr_scheduler.get_last_lr()[0]
             optimizer.step()
-            lr_scheduler.step()
+            skipped = optimizer.step_was_skipped  # by fp16's loss scaling, which then tries a smaller scale
+            if not skipped:
+                lr_scheduler.step()
+                if ema is not None:
+                    ema.step(unet.parameters())
             optimizer.zero_grad(set_to_none=True)
-            if ema is not None:
-                ema.step(unet.parameters())
 
             last = step == num_steps
             validates = last or step % validation.every_n_steps == 0
-            log.step(step, loss, grad_norm, lr, flush=validates or step % params.log_every_n_steps == 0)
+            log.step(step, loss, grad_norm, lr, skipped, flush=validates or step % params.log_every_n_steps == 0)
             if validates:
                 losses, images = validate(unet, ema, held_out, pipeline, validation, params.prediction_type)
                 log.validation(step, losses, images)
@@ -154,6 +170,7 @@ def train_unet(
             metrics,
             {
                 "num_steps": num_steps,
+                "num_skipped_steps": log.num_skipped_steps,
                 "num_parameters": sum(p.numel() for p in unet.parameters()),
                 "train_loss": log.train_rows[-1]["loss"],
                 "base_validation_loss": base_loss,

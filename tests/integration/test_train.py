@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdtrain.errors import InputError
+from sdtrain.generation import build_pipeline
 from sdtrain.models import load_unet
 from sdtrain.precompute import precompute_latents
 
@@ -166,8 +167,26 @@ def test_the_unet_remembers_the_size_it_was_trained_at(workspace, tmp_path):
     params = workspace.make_params(precompute={"resolution": 128})
     latents = tmp_path / "latents"
     precompute_latents(params.precompute, 0, workspace.base, workspace.dataset, latents, tmp_path / "metrics.json")
-    run = workspace.train(tmp_path / "run", latents=latents, train={"max_steps": 1})
-    assert load_unet(run.checkpoints / "best" / "unet").config.sample_size == 16
+    base = tmp_path / "base"
+    shutil.copytree(workspace.base, base)
+    config = json.loads((base / "unet" / "config.json").read_text())
+    config["_diffusers_version"] = "0.6.0"  # SD 1.5's: pipelines set the sample_size of such UNets to 64
+    (base / "unet" / "config.json").write_text(json.dumps(config))
+    run = workspace.train(tmp_path / "run", base=base, latents=latents, train={"max_steps": 1})
+    unet = load_unet(run.checkpoints / "best" / "unet")
+    assert unet.config.sample_size == 16
+    assert build_pipeline(base, unet, "epsilon").unet.config.sample_size == 16
+
+
+def test_restarts_and_power_reach_the_schedule(workspace, tmp_path):
+    steps = {"max_steps": 4, "lr": 1.0e-3, "lr_warmup_steps": 0}
+    restarts = workspace.train(
+        tmp_path / "r", train={**steps, "lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2}
+    )
+    assert restarts.train_curve.lr.tolist() == pytest.approx([1.0e-3, 0.5e-3, 1.0e-3, 0.5e-3])
+    squared = workspace.train(tmp_path / "p", train={**steps, "lr_scheduler": "polynomial", "lr_power": 2.0})
+    expected = [(1.0e-3 - 1e-7) * (1 - step / 4) ** 2 + 1e-7 for step in range(4)]
+    assert squared.train_curve.lr.tolist() == pytest.approx(expected)
 
 
 def test_checkpoint_loads_as_a_plain_diffusers_unet(run):

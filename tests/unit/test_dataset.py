@@ -178,7 +178,7 @@ def test_every_format_gives_the_same_split(tmp_path, build):
 
 
 def test_generated_scenes(build):
-    built = build(source="generated", num_scenes=40, new_fraction=0.5)
+    built = build(source="generated", path="data/images", num_scenes=40, new_fraction=0.5)
     assert built.outcomes == [(f"row {index}", "kept") for index in range(40)]
     for row in built.rows["train"]:
         scene = scenes.measure(decode_rgb(row["image"]))
@@ -187,14 +187,15 @@ def test_generated_scenes(build):
 
 @pytest.mark.parametrize(("fraction", "new"), [(0.0, 0), (1.0, 40)])
 def test_new_fraction_of_generated_scenes(build, fraction, new):
-    built = build(source="generated", num_scenes=40, new_fraction=fraction)
+    built = build(source="generated", path="data/images", num_scenes=40, new_fraction=fraction)
     measured = [scenes.measure(decode_rgb(row["image"])) for split in SPLITS for row in built.rows[split]]
     assert sum(bool(scene.new_concepts) for scene in measured) == new
 
 
 def test_generated_scenes_are_a_function_of_the_seed(build):
     built = [
-        build(seed, f"out{n}", source="generated", num_scenes=10).bytes_by_file() for n, seed in enumerate([3, 3, 4])
+        build(seed, f"out{n}", source="generated", path="data/images", num_scenes=10).bytes_by_file()
+        for n, seed in enumerate([3, 3, 4])
     ]
     assert built[0] == built[1] != built[2]
 

@@ -51,7 +51,7 @@ def test_shipped_params_load(path):
     [("1e-05", 1e-5), ("1.0e-4", 1e-4), ("1e5", 1e5), ("3", 3.0), ("+.5", 0.5), ("2.", 2.0), ("1E+2", 100.0)],
 )
 def test_numbers_arrive_as_floats(tmp_path, text, value):
-    lr = load_text(tmp_path, "lr: 1.0e-3", f"lr: {text}").train.lr
+    lr = load_text(tmp_path, "lr: 2.0e-3", f"lr: {text}").train.lr
     assert lr == value
     assert isinstance(lr, float)
 
@@ -144,6 +144,24 @@ def test_every_fault_comes_in_one_message():
 RULE_CASES = [
     ({"base__source": "hub"}, "base.repo = None: base.source = 'hub' needs a repository, owner/name"),
     ({"dataset__source": "hub"}, "dataset.repo = None: dataset.source = 'hub' needs a repository, owner/name"),
+    ({"base__repo": "a/b"}, "base.repo = 'a/b': base.source = 'local' doesn't read it; set base.source: hub"),
+    ({"base__revision": "v1"}, "base.revision = 'v1': base.source = 'local' doesn't read it; set base.source: hub"),
+    (
+        {"base__source": "hub", "base__repo": "a/b", "base__path": "/models/mine"},
+        "base.path = '/models/mine': base.source = 'hub' doesn't read it; set base.source: local, or base.path: data/",
+    ),
+    ({"dataset__repo": "a/b"}, "dataset.repo = 'a/b': dataset.source = 'generated' doesn't read it"),
+    ({"dataset__revision": "v1"}, "dataset.revision = 'v1': dataset.source = 'generated' doesn't read it"),
+    (
+        {"dataset__path": "/pictures"},
+        "dataset.path = '/pictures': dataset.source = 'generated' doesn't read it; set dataset.source: imagefolder",
+    ),
+    ({"train__lr_num_cycles": 3}, "train.lr_num_cycles = 3: only train.lr_scheduler = 'cosine_with_restarts' uses it"),
+    ({"train__lr_power": 2}, "train.lr_power = 2: only train.lr_scheduler = 'polynomial' uses it"),
+    (
+        {"train__lr_scheduler": "polynomial", "train__lr": 1e-7},
+        "train.lr = 1e-07: train.lr_scheduler = 'polynomial' falls to 1e-7",
+    ),
     ({"base__vae_revision": "main"}, "base.vae_revision = 'main': has no effect without base.vae_repo"),
     ({"base__text_encoder_revision": "v1"}, "base.text_encoder_revision = 'v1': has no effect without base.text_enc"),
     (
@@ -190,6 +208,9 @@ def test_every_rule_has_a_case():
         {"base__vae_revision": "main", "base__vae_repo": "owner/name"},
         {"train__max_steps": None, "train__max_epochs": 1, "train__lr_warmup_steps": 800},
         {"train__micro_batch_size": 1},
+        {"train__lr_scheduler": "cosine_with_restarts", "train__lr_num_cycles": 3},
+        {"train__lr_scheduler": "polynomial", "train__lr_power": 2.0},
+        {"dataset__source": "parquet", "dataset__path": "/pictures"},
         {"train__lr_scheduler": "constant", "train__lr_warmup_steps": 0},
         {"train__lr_warmup_steps": 799},
         {"train__use_ema": False, "export__weights": "raw"},
