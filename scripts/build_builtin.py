@@ -361,6 +361,10 @@ def build_assemble() -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(out)
+    for path in out.glob("*/config.json"):  # saved with the path of the machine that built it
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
     pipeline = load_pipeline(out)
     held_out = to_pixels(render_world(256, np.random.default_rng([SEED, 2]))[0])
     with torch.no_grad():
