@@ -1,6 +1,7 @@
 """`sdtrain generate`: pictures from an exported model or straight from a checkpoint."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def _positive(text: str) -> int:
 def _generate(options: argparse.Namespace) -> None:
     if not options.model.is_dir():
         raise InputError(f"--model {options.model}: no such folder; `dvc repro export` makes data/model")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises torchvision, which nothing here needs
     from sdtrain.checkpoints import is_checkpoint, load_checkpoint
     from sdtrain.generation import build_pipeline, generate, load_pipeline
     from sdtrain.models import pick_device
