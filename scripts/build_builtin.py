@@ -131,8 +131,10 @@ class Average:
 
 
 class MuonAndAdam:
-    """Muon (Jordan et al. 2024) on every kernel as a matrix, AdamW on the rest; Muon reached 23.6 dB
-    where AdamW reached 16.6 dB, after 400 steps of the VAE."""
+    """Muon (Jordan et al. 2024) on every kernel as a matrix, AdamW on the rest.
+
+    After 400 steps of the VAE, one run each: 23.6 dB; AdamW alone 16.6 dB at best, of three settings.
+    """
 
     def __init__(self, module, lr: float, adam_lr: float = 2e-3, exclude: tuple = ()):
         kernels = [
