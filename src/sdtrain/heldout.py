@@ -18,7 +18,7 @@ from sdtrain.shards import LatentShards
 
 
 class HeldOut:
-    """Held-out pictures, encoded and noised once and for all; call `losses` with a UNet.
+    """Held-out pictures, noised the same way at every call of `losses`.
 
     Args:
         num_timesteps: bins, so noised versions of each picture.
