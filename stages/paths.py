@@ -16,10 +16,14 @@ DATASET_METRICS = Path("metrics/dataset.json")
 PRECOMPUTE_METRICS = Path("metrics/precompute.json")
 TRAIN_METRICS = Path("metrics/train.json")
 TRAIN_CURVE = Path("metrics/train.csv")
+SPEED_CURVE = Path("metrics/train_speed.csv")
 VALIDATION_CURVE = Path("metrics/validation.csv")
 EVALUATE_METRICS = Path("metrics/evaluate.json")
 LOSS_TABLE = Path("metrics/loss_by_timestep.csv")
 ACCURACY_TABLE = Path("metrics/prompt_accuracy.csv")
 
-RUNS = Path(os.environ.get("DVC_ROOT", ".")) / "runs"
-"""TensorBoard's folder. Not an out: it is the project's own even while a `--temp` run works elsewhere."""
+_ROOT = Path(os.environ.get("DVC_ROOT", "."))
+RUNS = _ROOT / "runs"
+"""The trackers' folder. Not an out: it is the project's own even while a `--temp` run works elsewhere."""
+RESUME = _ROOT / ".dvc" / "tmp" / "resume"
+"""Saved states of training. Not an out: DVC deletes outs before a stage runs."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sdtrain import randomness
+from sdtrain.params import TrainParams
 from sdtrain.shards import LatentShards
 
 
@@ -18,7 +19,9 @@ class Batch:
     latents: Tensor
     """Scaled draws from the VAE's posterior, [B, C, h, w]."""
     noise: Tensor
-    """Standard normal, [B, C, h, w]."""
+    """ε of the target, [B, C, h, w]: standard normal, plus the noise offset."""
+    input_noise: Tensor
+    """ε of the UNet's input, [B, C, h, w]: `noise` plus the input perturbation."""
     timesteps: Tensor
     """int64 [B]."""
     input_ids: Tensor
@@ -30,41 +33,63 @@ class BatchMaker:
 
     The training pictures form one endless stream, a new permutation each epoch; step s takes its
     rows s·B to (s+1)·B-1. Nothing depends on how a step is split or on what was drawn before it.
+
+    Args:
+        num_train_timesteps: T of the noise schedule.
+        scaling_factor: the VAE's; applied here, once.
+        null_ids: token ids of the empty caption, int64 [L].
     """
 
     def __init__(
         self,
         shards: LatentShards,
+        params: TrainParams,
         seed: int,
-        batch_size: int,
+        *,
         num_train_timesteps: int,
         scaling_factor: float,
-        caption_dropout: float,
         null_ids: Tensor,
     ) -> None:
-        self.shards, self.seed, self.batch_size = shards, seed, batch_size
-        self.num_train_timesteps, self.scaling_factor = num_train_timesteps, scaling_factor
-        self.caption_dropout, self.null_ids = caption_dropout, null_ids
+        self.shards, self.params, self.seed = shards, params, seed
+        self.num_train_timesteps, self.scaling_factor, self.null_ids = num_train_timesteps, scaling_factor, null_ids
 
     def make(self, step: int, positions: range, device: torch.device) -> Batch:
         """Rows `positions` of the effective batch of `step`, counted from 0."""
         rows = [self._row(step, position) for position in positions]
-        latents, noise, timesteps, input_ids = (torch.stack(column) for column in zip(*rows, strict=True))
-        return Batch(latents.to(device), noise.to(device), timesteps.to(device), input_ids.to(device))
+        return Batch(*(torch.stack(column).to(device) for column in zip(*rows, strict=True)))
 
-    def _row(self, step: int, position: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        epoch, place = divmod(step * self.batch_size + position, len(self.shards))
-        index = int(_epoch_order(self.seed, epoch, len(self.shards))[place])
-        flipped = self.shards.has_flipped and randomness.uniform(self.seed, "flip", step, position) < 0.5
-        suffix = "_flipped" if flipped else ""
+    def _row(self, step: int, position: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        place = (self.seed, step, position)
+        epoch, index = divmod(step * self.params.batch_size + position, len(self.shards))
+        index = int(_epoch_order(self.seed, epoch, len(self.shards))[index])
+        suffix = "_flipped" if self.shards.has_flipped and _uniform("flip", *place) < 0.5 else ""
         mean, logvar, input_ids = self.shards.read(index, f"mean{suffix}", f"logvar{suffix}", "input_ids")
-        draw = torch.from_numpy(randomness.normal(self.seed, "posterior", step, position, shape=tuple(mean.shape)))
-        noise = torch.from_numpy(randomness.normal(self.seed, "noise", step, position, shape=tuple(mean.shape)))
-        timestep = int(randomness.uniform(self.seed, "timestep", step, position) * self.num_train_timesteps)
-        if randomness.uniform(self.seed, "caption dropout", step, position) < self.caption_dropout:
+        latents = (mean + (0.5 * logvar).exp() * _normal("posterior", *place, mean.shape)) * self.scaling_factor
+        noise = _normal("noise", *place, mean.shape)
+        if self.params.noise_offset:  # https://www.crosslabs.org/blog/diffusion-with-offset-noise
+            noise = noise + self.params.noise_offset * _normal("noise offset", *place, (len(mean), 1, 1))
+        input_noise = noise
+        if self.params.input_perturbation:  # Ning et al. 2023, "Input perturbation reduces exposure bias", alg. 1
+            input_noise = noise + self.params.input_perturbation * _normal("perturbation", *place, mean.shape)
+        if _uniform("caption dropout", *place) < self.params.caption_dropout:
             input_ids = self.null_ids
-        latents = (mean + (0.5 * logvar).exp() * draw) * self.scaling_factor
-        return latents, noise, torch.tensor(timestep), input_ids
+        return latents, noise, input_noise, torch.tensor(self._timestep(step, position)), input_ids
+
+    def _timestep(self, step: int, position: int) -> int:
+        if self.params.timestep_sampling == "uniform":
+            share = _uniform("timestep", self.seed, step, position)
+        else:  # one draw shifts a grid of as many points as the batch has rows (Kingma et al. 2021, app. I.1)
+            shift = randomness.uniform(self.seed, "timestep strata", step)
+            share = (shift + position / self.params.batch_size) % 1.0
+        return int(share * self.num_train_timesteps)
+
+
+def _uniform(purpose: str, seed: int, step: int, position: int) -> float:
+    return randomness.uniform(seed, purpose, step, position)
+
+
+def _normal(purpose: str, seed: int, step: int, position: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(randomness.normal(seed, purpose, step, position, shape=tuple(shape)))
 
 
 @lru_cache(maxsize=2)

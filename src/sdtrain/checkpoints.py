@@ -1,31 +1,30 @@
 """Checkpoints: a folder with the raw and the EMA UNet as Diffusers folders, and what made them.
 
-`data/checkpoints/{best,last}/unet/`, `unet_ema/` (where an EMA is kept) and `training_config.json`.
+`data/checkpoints/{best,last}/unet/`, `unet_ema/` (where an EMA is kept) and `training_config.json`;
+with more than one best, `best-2/`, `best-3/` and so on, by rising held-out loss.
 """
 
-from importlib.metadata import version
 from pathlib import Path
 
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
 from sdtrain.ema import averaged
 from sdtrain.errors import InputError
 from sdtrain.files import new_folder, read_json, write_json
-from sdtrain.models import load_unet
+from sdtrain.models import load_unet, training_scheduler
 
 _FOLDERS = {"raw": "unet", "ema": "unet_ema"}
 
 
 def save_checkpoint(folder: Path, unet: UNet2DConditionModel, ema: EMAModel | None, config: dict) -> None:
     """Write one checkpoint, whole or not at all; leaves the UNet's weights as they are."""
-    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
     with new_folder(folder) as partial:
         unet.save_pretrained(partial / _FOLDERS["raw"])
         if ema is not None:
             with averaged(unet, ema):
                 unet.save_pretrained(partial / _FOLDERS["ema"])
-        write_json(partial / "training_config.json", {**config, "libraries": libraries})
+        write_json(partial / "training_config.json", config)
 
 
 def load_checkpoint(folder: Path, weights: str | None) -> tuple[UNet2DConditionModel, dict]:
@@ -44,6 +43,12 @@ def load_checkpoint(folder: Path, weights: str | None) -> tuple[UNet2DConditionM
     if not (folder / _FOLDERS[weights]).exists():
         raise InputError(f"{folder}: keeps no {weights} weights; use 'raw', or train with train.use_ema: true")
     return load_unet(folder / _FOLDERS[weights]), read_json(folder / "training_config.json")
+
+
+def checkpoint_scheduler(base: Path, config: dict) -> DDPMScheduler:
+    """The noise schedule that a checkpoint with this training_config was trained on."""
+    train = config["params"]["train"]
+    return training_scheduler(base, train["prediction_type"], train["zero_terminal_snr"])
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -45,7 +45,7 @@ def _generate(options: argparse.Namespace) -> None:
     if not options.model.is_dir():
         raise InputError(f"--model {options.model}: no such folder; `dvc repro export` makes data/model")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises torchvision, which nothing here needs
-    from sdtrain.checkpoints import is_checkpoint, load_checkpoint
+    from sdtrain.checkpoints import checkpoint_scheduler, is_checkpoint, load_checkpoint
     from sdtrain.generation import build_pipeline, generate, load_pipeline
     from sdtrain.models import pick_device
 
@@ -54,7 +54,7 @@ def _generate(options: argparse.Namespace) -> None:
         if not (base / "model_index.json").exists():
             raise InputError(f"--base {base}: no base model here; a checkpoint needs its VAE and text encoder")
         unet, config = load_checkpoint(options.model, options.weights)
-        pipeline = build_pipeline(base, unet, config["params"]["prediction_type"]).to(pick_device())
+        pipeline = build_pipeline(base, unet, checkpoint_scheduler(base, config)).to(pick_device())
     elif options.weights or options.base:
         option = f"--weights {options.weights}" if options.weights else f"--base {options.base}"
         raise InputError(f"{option}: {options.model} is a whole model, not a checkpoint")

@@ -42,6 +42,26 @@ def to_epsilon(
     return signal * model_pred + sigma * noisy_latents
 
 
+def signal_to_noise_ratio(alphas_cumprod: Tensor) -> Tensor:
+    """SNR = ᾱ / (1-ᾱ), of the shape of `alphas_cumprod` (Kingma et al. 2021, "Variational diffusion models")."""
+    return alphas_cumprod / (1 - alphas_cumprod)
+
+
+def min_snr_weights(
+    timesteps: Tensor, alphas_cumprod: Tensor, snr_gamma: float, prediction_type: PredictionType
+) -> Tensor:
+    """Min-SNR-γ loss weights, float [B] (Hang et al. 2023, "Efficient diffusion training via min-SNR weighting").
+
+    The paper weighs the error of x₀ by min(SNR, γ). The error of ε is SNR times that of x₀, the error
+    of v is SNR+1 times it, so their weights are min(SNR, γ)/SNR and min(SNR, γ)/(SNR+1). Where
+    SNR is 0 (the end of a zero-terminal-SNR schedule) the weight is 1, as in the authors' code: the
+    formula's 0 would leave that timestep untrained.
+    """
+    snr = signal_to_noise_ratio(alphas_cumprod[timesteps])
+    scale = snr if prediction_type == "epsilon" else snr + 1
+    return torch.where(snr == 0, 1.0, snr.clamp(max=snr_gamma) / scale)
+
+
 def mid_bin_timesteps(num_bins: int, num_train_timesteps: int) -> Tensor:
     """The middle of each of `num_bins` equal bins of 0..num_train_timesteps-1, int [num_bins]."""
     edges = torch.arange(num_bins, dtype=torch.float64) + 0.5

@@ -1,10 +1,44 @@
-"""Exponential moving average of the UNet's weights: Diffusers' EMAModel, put in place for a while."""
+"""Exponential moving averages of the UNet's weights: Diffusers' EMAModel, and one with EDM2's profile."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+
+from sdtrain.params import TrainParams
+
+
+def build_ema(unet: UNet2DConditionModel, params: TrainParams) -> EMAModel | None:
+    """The average that the params ask for, starting at the UNet's weights; None where they ask for none."""
+    if not params.use_ema:
+        return None
+    if params.ema_schedule == "power_function":
+        return PowerFunctionEMA(unet.parameters(), params.ema_sigma_rel)
+    warmup = {"use_ema_warmup": True, "inv_gamma": params.ema_inv_gamma, "power": params.ema_power}
+    settings = warmup if params.ema_schedule == "warmup" else {}
+    return EMAModel(unet.parameters(), decay=params.ema_decay, foreach=True, **settings)
+
+
+class PowerFunctionEMA(EMAModel):
+    """An average whose profile keeps its shape as the run grows (Karras et al. 2024, EDM2, section 3.1).
+
+    Step t's decay is (1-1/t)^(γ+1), so the weights of step t count in proportion to t^γ.
+    """
+
+    def __init__(self, parameters, sigma_rel: float) -> None:
+        super().__init__(parameters, foreach=True)
+        self.exponent = power_exponent(sigma_rel)
+
+    def get_decay(self, optimization_step: int) -> float:
+        return (1 - 1 / optimization_step) ** (self.exponent + 1)
+
+
+def power_exponent(sigma_rel: float) -> float:
+    """γ of the profile whose standard deviation is `sigma_rel` of the run: σ² = (γ+1) / ((γ+2)² (γ+3))."""
+    inverse = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
 @contextmanager

@@ -60,13 +60,13 @@ def _held_out_loss(
         held_out = HeldOut(
             shards,
             pipeline.text_encoder,
-            pipeline.scheduler.alphas_cumprod.to(pipeline.device),
             pipeline.vae.config.scaling_factor,
+            num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
             num_timesteps=params.num_timesteps,
             max_samples=params.max_samples,
             batch_size=params.batch_size,
         )
-        losses[name] = held_out.losses(pipeline.unet, pipeline.scheduler.config.prediction_type).double().numpy()
+        losses[name] = held_out.losses(pipeline.unet, pipeline.scheduler).double().cpu().numpy()
     gain = (losses["base"] - losses["trained"]).mean(axis=1)
     low, high = bootstrap_interval(gain, params.num_bootstrap, randomness.generator(seed, "bootstrap"))
     numbers = {

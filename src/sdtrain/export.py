@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from sdtrain import __version__
-from sdtrain.checkpoints import load_checkpoint
+from sdtrain.checkpoints import checkpoint_scheduler, load_checkpoint
 from sdtrain.files import new_folder, read_json, write_json, write_text
 from sdtrain.generation import build_pipeline
 from sdtrain.params import ExportParams
@@ -24,9 +24,7 @@ def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path)
         AssertionError: what was written doesn't compute what the checkpoint computes.
     """
     unet, config = load_checkpoint(checkpoints / params.checkpoint, params.weights)
-    pipeline = build_pipeline(base, unet, config["params"]["prediction_type"])
-    # The exported folder draws as the grid and `sdtrain generate` do.
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline = build_pipeline(base, unet, checkpoint_scheduler(base, config))
     probe = _probe(unet)
     with torch.inference_mode():
         expected = unet(**probe).sample
@@ -35,7 +33,8 @@ def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path)
             for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
                 part.half()
         pipeline.save_pretrained(folder, safe_serialization=True)
-        write_json(folder / "training_config.json", {**config, "export": params.model_dump()})
+        facts = {name: value for name, value in config.items() if name != "git"}  # the model is the same at any commit
+        write_json(folder / "training_config.json", {**facts, "export": params.model_dump()})
         write_text(folder / "README.md", _model_card(params, config, read_json(base / "manifest.json")))
         loaded = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).unet.eval()
         with torch.inference_mode():
@@ -64,16 +63,16 @@ def _probe(unet: UNet2DConditionModel) -> dict:
 
 def _model_card(params: ExportParams, config: dict, base: dict) -> str:
     origin = "\n".join(f"- {', '.join(s['parts'])}: " + _origin(s) for s in base["sources"])
-    train = config["params"]
+    train, seed, num_train = config["params"]["train"], config["params"]["seed"], config["num_train"]
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
 ---
 # Fine-tuned with sdtrain {__version__}
 
-The UNet was trained for {config["step"]} of {config["num_steps"]} steps on {config["num_train"]} pictures, effective
+The UNet was trained for {config["step"]} of {config["num_steps"]} steps on {num_train} pictures, effective
 batch {train["batch_size"]}, learning rate {train["lr"]:g} ({train["lr_scheduler"]}), {train["prediction_type"]}
-prediction, seed {config["seed"]}; held-out loss {config["validation_loss"]:.5f}. These are its {params.weights}
+prediction, seed {seed}; held-out loss {config["validation_loss"]:.5f}. These are its {params.weights}
 weights. `training_config.json` holds every setting.
 
 Base:

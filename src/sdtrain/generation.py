@@ -3,31 +3,38 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdtrain.diffusion import PredictionType
 from sdtrain.errors import InputError
-from sdtrain.models import hide_progress_bars, load_scheduler, load_text_encoder, load_tokenizer, load_vae, pick_device
+from sdtrain.models import hide_progress_bars, load_text_encoder, load_tokenizer, load_vae, pick_device
 
 
 def build_pipeline(
     base: Path,
     unet: UNet2DConditionModel,
-    prediction_type: PredictionType,
+    scheduler: DDPMScheduler,
     vae: AutoencoderKL | None = None,
     text_encoder: CLIPTextModel | None = None,
     tokenizer: CLIPTokenizer | None = None,
 ) -> StableDiffusionPipeline:
-    """A pipeline of the base's parts around `unet`; parts that are loaded already can be handed in."""
-    scheduler = load_scheduler(base)
+    """A pipeline of the base's parts around `unet` on the schedule it was trained on, for DPM-Solver++.
+
+    Parts of the base that are loaded already can be handed in.
+    """
     pipeline = StableDiffusionPipeline(
         vae=vae or load_vae(base),
         text_encoder=text_encoder or load_text_encoder(base),
         tokenizer=tokenizer or load_tokenizer(base),
         unet=unet,
-        scheduler=type(scheduler).from_config(scheduler.config, prediction_type=prediction_type),
+        scheduler=DPMSolverMultistepScheduler.from_config(scheduler.config),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

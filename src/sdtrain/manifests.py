@@ -9,7 +9,7 @@ from pathlib import Path
 from sdtrain.errors import InputError
 from sdtrain.files import read_json, sha256_json
 
-FORMATS = {"base": 1, "dataset": 1, "latents": 1}
+FORMATS = {"base": 1, "dataset": 1, "latents": 2}
 """Folder's kind: the version of its format that this code writes and reads."""
 _STAGES = {"base": "base", "dataset": "dataset", "latents": "precompute"}
 

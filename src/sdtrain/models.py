@@ -9,6 +9,9 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sdtrain.diffusion import PredictionType
+from sdtrain.errors import InputError
+
 
 def pick_device() -> torch.device:
     """The accelerator where there is one, else the CPU."""
@@ -42,6 +45,27 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
 def load_scheduler(base: Path) -> DDPMScheduler:
     """The base's noise schedule and prediction type, as DDPM."""
     return DDPMScheduler.from_pretrained(base, subfolder="scheduler")
+
+
+def training_scheduler(base: Path, prediction_type: PredictionType, zero_terminal_snr: bool) -> DDPMScheduler:
+    """The schedule that the UNet is trained on: the base's, with this prediction type and terminal SNR.
+
+    A schedule with zero terminal SNR (Lin et al. 2024, "Common diffusion noise schedules and sample
+    steps are flawed") is sampled with trailing timesteps, so that sampling starts where training ends.
+
+    Raises:
+        InputError: the base's own schedule has zero terminal SNR, and `zero_terminal_snr` is false.
+    """
+    config = load_scheduler(base).config
+    if config.rescale_betas_zero_snr and not zero_terminal_snr:
+        raise InputError(
+            "train.zero_terminal_snr = False: the base's scheduler has rescale_betas_zero_snr = true; "
+            "set train.zero_terminal_snr: true (and train.prediction_type: v_prediction)"
+        )
+    changes = {"prediction_type": prediction_type}
+    if zero_terminal_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return DDPMScheduler.from_config(config, **changes)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:

@@ -6,7 +6,6 @@ model loads. Code holds no second default: all keys must be present.
 
 import difflib
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import ErrorDetails
 
 from sdtrain.errors import InputError
+from sdtrain.rules import RULES, View, scaled_lr
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -99,7 +99,11 @@ class TrainParams(Section):
     """UNet training."""
 
     lr: Annotated[float, Field(gt=0)]
-    """Learning rate of AdamW, at the scheduler's top."""
+    """Learning rate of AdamW at the scheduler's top, at the batch that `lr_scaling` refers to."""
+    lr_scaling: Literal["none", "sqrt", "linear"]
+    """How `lr` follows the effective batch: not, by its root, or in proportion."""
+    lr_reference_batch_size: PositiveInt | None
+    """`lr_scaling` only: the effective batch at which `lr` holds as it stands."""
     max_steps: PositiveInt | None
     """Optimizer steps; give this or `max_epochs`."""
     max_epochs: PositiveInt | None
@@ -110,6 +114,8 @@ class TrainParams(Section):
     """Pictures per forward pass and process; accumulation follows from it and `batch_size`."""
     precision: Literal["fp32", "bf16", "fp16"]
     """Forward and backward pass; weights, optimizer and EMA stay in fp32."""
+    optimizer: Literal["adamw", "adamw_8bit"]
+    """AdamW, fused where the device has it; or bitsandbytes' with 8-bit moments (a CUDA GPU, `pip install .[8bit]`)."""
     weight_decay: Annotated[float, Field(ge=0)]
     """AdamW's decoupled weight decay."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)]
@@ -120,26 +126,76 @@ class TrainParams(Section):
     """AdamW's ε."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None
     """Clip the gradient's global L2 norm to this; null doesn't clip."""
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-    """Diffusers' schedule of the learning rate over the run."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "piecewise_constant",
+        "linear", "cosine", "cosine_with_restarts", "polynomial",
+    ]  # fmt: skip
+    """Diffusers' schedule of the learning rate; the second row's fall over the whole run, so they fix its length."""
     lr_num_cycles: PositiveInt
     """`cosine_with_restarts` only: how often the cosine starts anew."""
     lr_power: Annotated[float, Field(gt=0)]
     """`polynomial` only: its exponent; 1 is linear."""
+    lr_step_rules: Text | None
+    """`piecewise_constant` only: `1:500,0.1:800,0.01` is `lr` up to step 500, a tenth up to 800, then a hundredth."""
     lr_warmup_steps: NonNegativeInt
-    """Optimizer steps of linear warm-up; `constant` has none."""
+    """Optimizer steps of linear warm-up; `constant` and `piecewise_constant` have none."""
     gradient_checkpointing: bool
     """Recompute activations in the backward pass: less memory, about a third slower."""
+    attention_backend: Literal["auto", "flash", "efficient", "cudnn", "math"]
+    """PyTorch's scaled-dot-product attention: the kernel it picks, or this one and no other."""
+    compile: bool
+    """Compile the UNet with torch.compile; needs a C++ compiler, and minutes at the start."""
+    deterministic: bool
+    """Ask PyTorch for kernels that give the same bits each time; a resumed run on a GPU needs it to be exact."""
     prediction_type: Literal["epsilon", "v_prediction"]
     """What the UNet predicts: the noise, or the velocity (Salimans & Ho 2022)."""
+    snr_gamma: Annotated[float, Field(gt=0)] | None
+    """Min-SNR weighting with this γ (Hang et al. 2023; 5 is theirs); null weighs all timesteps alike."""
+    zero_terminal_snr: bool
+    """Rescale the noise schedule to pure noise at its end (Lin et al. 2024); needs `v_prediction`."""
+    noise_offset: Annotated[float, Field(ge=0)]
+    """Add noise that is constant over a channel, of this strength, to ε, target included; 0.05 to 0.1 is usual."""
+    input_perturbation: Annotated[float, Field(ge=0)]
+    """Add noise of this strength to the UNet's input but not to the target (Ning et al. 2023; 0.1 is theirs)."""
+    timestep_sampling: Literal["uniform", "stratified"]
+    """Each row's timestep on its own, or one of as many equal strata as the effective batch has rows."""
     caption_dropout: Annotated[float, Field(ge=0, lt=1)]
     """Share of visits that see the empty caption, which classifier-free guidance needs."""
     use_ema: bool
     """Keep an exponential moving average of the weights, too."""
-    ema_decay: Annotated[float, Field(gt=0, lt=1)]
-    """The EMA's decay at its longest; it warms up as min((1+n)/(10+n), ema_decay)."""
+    ema_schedule: Literal["ramp", "warmup", "power_function"]
+    """How its decay grows with n steps: (1+n)/(10+n), or 1-(1+n/ema_inv_gamma)^-ema_power, both up to `ema_decay`;
+    or without end as (1-1/n)^(γ+1), where γ follows from `ema_sigma_rel` (Karras et al. 2024)."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
+    """`ramp` and `warmup` only: the decay at its longest."""
+    ema_inv_gamma: Annotated[float, Field(gt=0)] | None
+    """`warmup` only: stretches the warm-up; 1 is usual."""
+    ema_power: Annotated[float, Field(gt=0)] | None
+    """`warmup` only: 2/3 for runs of a million steps, 3/4 for shorter ones."""
+    ema_sigma_rel: Annotated[float, Field(gt=0, lt=0.28)] | None
+    """`power_function` only: the averaging profile's width as a share of the run; 0.05 to 0.1 is usual."""
+    resume: Text
+    """`auto` goes on from this very run's saved state where there is one, `never` starts over; a path is a saved
+    state or a checkpoint to branch from."""
+    resume_reset: list[Literal["lr", "scheduler", "optimizer"]]
+    """With a path: what doesn't go on from there but starts as this file says."""
+    save_every_n_steps: PositiveInt
+    """Optimizer steps between saved states; one is also saved at the end and on SIGINT and SIGTERM."""
+    num_saved_runs: PositiveInt
+    """Runs whose newest saved state stays on disk, this one included; older ones are deleted when a run starts."""
+    num_best_checkpoints: PositiveInt
+    """Checkpoints kept by held-out loss: `best`, `best-2`, …; the `last` comes beside them."""
+    early_stopping_patience: PositiveInt | None
+    """Stop after this many validations in a row without a new best; null trains to the end."""
     log_every_n_steps: PositiveInt
-    """Optimizer steps between rows of loss, learning rate and speed."""
+    """Optimizer steps between rows of the training curve."""
+    trackers: list[Literal["tensorboard", "wandb"]]
+    """Where the curves go beside the CSV files; Weights & Biases needs `pip install .[wandb]`."""
+
+    @property
+    def scaled_lr(self) -> float:
+        """The learning rate that AdamW gets at the scheduler's top."""
+        return scaled_lr(self.lr, self.lr_scaling, self.batch_size, self.lr_reference_batch_size)
 
 
 class ValidationParams(Section):
@@ -247,138 +303,13 @@ def check_params(tree: object, name: str = "params.yaml") -> Params:
         params = Params.model_validate(tree)
     except ValidationError as error:
         details = error.errors()
-    view = _View(tree, faulty={tuple(map(str, detail["loc"])) for detail in details})
-    faults = [_describe(detail) for detail in details] + [fault for rule in _RULES if (fault := view.ask(rule))]
+    view = View(tree, faulty={tuple(map(str, detail["loc"]))[:2] for detail in details})
+    faults = [_describe(detail) for detail in details] + [fault for rule in RULES if (fault := view.ask(rule))]
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise InputError("\n".join([f"{name} has {count}:", *(f"  {fault}" for fault in faults)]))
     assert params is not None, "no fault, so the params are valid"
     return params
-
-
-class _View:
-    """A params tree by attribute, of which only sound fields can be read."""
-
-    class Faulty(Exception):
-        """The field is missing or faulty itself."""
-
-    def __init__(self, tree: dict, faulty: set[tuple[str, ...]], place: tuple[str, ...] = ()) -> None:
-        self._tree, self._faulty, self._place = tree, faulty, place
-
-    def __getattr__(self, key: str) -> Any:
-        place = (*self._place, key)
-        if key not in self._tree or place in self._faulty:
-            raise _View.Faulty
-        value = self._tree[key]
-        return _View(value, self._faulty, place) if isinstance(value, dict) and len(place) == 1 else value
-
-    def ask(self, rule: "_Rule") -> str | None:
-        """The fault that a rule finds; None where it finds none, or needs a field that is faulty itself."""
-        try:
-            return rule(self)
-        except _View.Faulty:
-            return None
-
-
-_Rule = Callable[[_View], str | None]
-
-
-def _hub_needs_repo(section: str) -> _Rule:
-    def rule(p: _View) -> str | None:
-        if getattr(p, section).source == "hub" and getattr(p, section).repo is None:
-            return f"{section}.repo = None: {section}.source = 'hub' needs a repository, owner/name"
-
-    return rule
-
-
-def _source_reads_it(section: str, field: str, unread: str | None, *sources: str) -> _Rule:
-    """`field` must be `unread` unless the section's source is one of `sources`, which read it."""
-
-    def rule(p: _View) -> str | None:
-        source, value = getattr(p, section).source, getattr(getattr(p, section), field)
-        if source not in sources and value != unread:
-            default = "null" if unread is None else unread
-            return (
-                f"{section}.{field} = {value!r}: {section}.source = {source!r} doesn't read it; "
-                f"set {section}.source: {sources[0]}, or {section}.{field}: {default}"
-            )
-
-    return rule
-
-
-def _lr_setting_has_effect(field: str, neutral: float, scheduler: str) -> _Rule:
-    def rule(p: _View) -> str | None:
-        value = getattr(p.train, field)
-        if p.train.lr_scheduler != scheduler and value != neutral:
-            return f"train.{field} = {value}: only train.lr_scheduler = {scheduler!r} uses it; set it to {neutral}"
-
-    return rule
-
-
-def _polynomial_falls(p: _View) -> str | None:
-    if p.train.lr_scheduler == "polynomial" and p.train.lr <= 1e-7:
-        return f"train.lr = {p.train.lr}: train.lr_scheduler = 'polynomial' falls to 1e-7; take a larger lr"
-
-
-def _revision_needs_repo(part: str) -> _Rule:
-    def rule(p: _View) -> str | None:
-        revision = getattr(p.base, f"{part}_revision")
-        if revision is not None and getattr(p.base, f"{part}_repo") is None:
-            return f"base.{part}_revision = {revision!r}: has no effect without base.{part}_repo"
-
-    return rule
-
-
-def _steps_or_epochs(p: _View) -> str | None:
-    steps, epochs = p.train.max_steps, p.train.max_epochs
-    if (steps is None) == (epochs is None):
-        return f"train.max_steps = {steps}, train.max_epochs = {epochs}: give exactly one, and null for the other"
-
-
-def _micro_batch_divides(p: _View) -> str | None:
-    micro, whole = p.train.micro_batch_size, p.train.batch_size
-    if whole % micro:
-        return f"train.micro_batch_size = {micro}: must divide train.batch_size = {whole}"
-
-
-def _constant_has_no_warmup(p: _View) -> str | None:
-    if p.train.lr_warmup_steps and p.train.lr_scheduler == "constant":
-        return (
-            f"train.lr_warmup_steps = {p.train.lr_warmup_steps}: train.lr_scheduler = 'constant' has no warm-up; "
-            "use 'constant_with_warmup', or 0"
-        )
-
-
-def _warmup_ends(p: _View) -> str | None:
-    warmup, steps = p.train.lr_warmup_steps, p.train.max_steps
-    if steps is not None and warmup >= steps:
-        return f"train.lr_warmup_steps = {warmup}: must be below train.max_steps = {steps}"
-
-
-def _export_has_weights(p: _View) -> str | None:
-    if p.export.weights == "ema" and not p.train.use_ema:
-        return "export.weights = 'ema': train.use_ema = False keeps no EMA; use 'raw', or train.use_ema: true"
-
-
-def _captions_survive_the_flip(p: _View) -> str | None:
-    if p.dataset.source == "generated" and p.precompute.random_flip:
-        return (
-            "precompute.random_flip = True: the captions of dataset.source = 'generated' say left and right, "
-            "which a mirror makes false; use false"
-        )
-
-
-_RULES: tuple[_Rule, ...] = (
-    _hub_needs_repo("base"), _hub_needs_repo("dataset"),
-    _source_reads_it("base", "repo", None, "hub"), _source_reads_it("base", "revision", None, "hub"),
-    _source_reads_it("base", "path", "data/builtin", "local"),
-    _source_reads_it("dataset", "repo", None, "hub"), _source_reads_it("dataset", "revision", None, "hub"),
-    _source_reads_it("dataset", "path", "data/images", "imagefolder", "webdataset", "parquet"),
-    _revision_needs_repo("vae"), _revision_needs_repo("text_encoder"), _steps_or_epochs, _micro_batch_divides,
-    _lr_setting_has_effect("lr_num_cycles", 1, "cosine_with_restarts"),
-    _lr_setting_has_effect("lr_power", 1.0, "polynomial"), _polynomial_falls,
-    _constant_has_no_warmup, _warmup_ends, _export_has_weights, _captions_survive_the_flip,
-)  # fmt: skip
 
 
 def _describe(detail: ErrorDetails) -> str:

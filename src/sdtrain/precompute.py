@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdtrain.errors import InputError
-from sdtrain.files import new_folder, sha256_json, write_json
+from sdtrain.files import new_folder, sha256_file, sha256_json, write_json
 from sdtrain.images import decode_rgb, square_pixels
 from sdtrain.manifests import FORMATS, encoders_fingerprint, read_manifest
 from sdtrain.models import load_tokenizer, load_vae, pick_device, tokenize
 from sdtrain.params import PrecomputeParams
-from sdtrain.shards import SPLITS, read_dataset
+from sdtrain.shards import NUM_PROBES, PROBE, SPLITS, read_dataset
 
 _SHARD_ROWS = 2048
 
@@ -45,6 +45,7 @@ def precompute_latents(
             f"base's VAE reduces pictures; take {below or above} or {above}"
         )
     vae.to(device)
+    max_token_id = 0
     counts = {"num_truncated_captions": 0, "num_upscaled": 0}
     statistics = _Statistics(vae.config.scaling_factor)
     splits: dict[str, list[dict]] = {}
@@ -58,13 +59,17 @@ def precompute_latents(
                 tensors = _encode_shard(params, seed, shard, vae, device, progress)
                 captions = [row["caption"] for row in shard]
                 tensors["input_ids"] = tokenize(tokenizer, captions)
+                max_token_id = max(max_token_id, tensors["input_ids"].max().item())
                 statistics.add(tensors)
                 lengths = tokenizer(captions, truncation=False, verbose=False).input_ids
                 counts["num_truncated_captions"] += sum(len(ids) > tokenizer.model_max_length for ids in lengths)
                 counts["num_upscaled"] += sum(min(row["width"], row["height"]) < params.resolution for row in shard)
                 name = f"{split}-{len(splits[split]):05}.safetensors"
                 save_file(tensors, folder / name, metadata={"ids": json.dumps([row["id"] for row in shard])})
-                splits[split].append({"file": name, "num_rows": len(shard)})
+                splits[split].append({"file": name, "num_rows": len(shard), "sha256": sha256_file(folder / name)})
+                if split == "validation" and len(splits[split]) == 1:
+                    pixels = _pixels(params, seed, shard[:NUM_PROBES])
+                    save_file({"pixels": torch.from_numpy(pixels).contiguous()}, folder / PROBE)
             progress.close()
         inputs = {"encoders": fingerprint, "dataset": manifest["fingerprint"], "seed": seed}
         settings = params.model_dump(exclude={"batch_size"})
@@ -73,6 +78,8 @@ def precompute_latents(
             "encoders_fingerprint": fingerprint,
             "fingerprint": sha256_json([FORMATS["latents"], inputs, settings]),
             "params": settings,
+            "seed": seed,
+            "max_token_id": max_token_id,
             "shape": statistics.shape,
             "splits": splits,
         }
@@ -91,11 +98,7 @@ def _encode_shard(
 ) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     for batch in _batches(rows, params.batch_size):
-        squares = [
-            square_pixels(decode_rgb(row["image"]), params.resolution, params.center_crop, seed, row["id"])
-            for row in batch
-        ]
-        pixels = torch.from_numpy(np.stack(squares)).to(device)
+        pixels = torch.from_numpy(_pixels(params, seed, batch)).to(device)
         for suffix, view in (("", pixels), *((("_flipped", pixels.flip(-1)),) if params.random_flip else ())):
             with torch.inference_mode():
                 posterior = vae.encode(view).latent_dist
@@ -111,6 +114,16 @@ def _encode_shard(
                 parts.setdefault(name + suffix, []).append(stored)
         progress.update(len(batch))
     return {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
+
+
+def _pixels(params: PrecomputeParams, seed: int, rows: list[dict]) -> np.ndarray:
+    """What the VAE sees of the pictures, float32 [len(rows), 3, resolution, resolution] in -1..1."""
+    return np.stack(
+        [
+            square_pixels(decode_rgb(row["image"]), params.resolution, params.center_crop, seed, row["id"])
+            for row in rows
+        ]
+    )
 
 
 def _batches(rows: list[dict], size: int) -> Iterator[list[dict]]:

@@ -32,3 +32,8 @@ def normal(seed: int, purpose: str, *place: int, shape: tuple[int, ...]) -> np.n
 def uniform(seed: int, purpose: str, *place: int) -> float:
     """One draw from [0, 1)."""
     return float(generator(seed, purpose, *place).random())
+
+
+def integer(seed: int, purpose: str, *place: int) -> int:
+    """One draw from 0..2⁶³-1, to seed another library's generator."""
+    return int(generator(seed, purpose, *place).integers(2**63))

@@ -6,7 +6,9 @@
 `data/latents/`: `{split}-{n:05}.safetensors` with, for N pictures, `mean` and `logvar` of the VAE's
 posterior before scaling, float16 [N, C, h, w], the same of the mirrored picture (`mean_flipped`,
 `logvar_flipped`) where it is cached, and `input_ids` int64 [N, L]; the ids of the pictures are the
-key `ids` of the file's metadata, as a JSON list. And `manifest.json`.
+key `ids` of the file's metadata, as a JSON list. `probe.safetensors` with the `pixels` that the VAE saw
+of the first held-out pictures, float32 [up to 4, 3, H, W]: training asks its VAE the same again. And
+`manifest.json`, with each shard's SHA-256.
 
 `split` is `train` or `validation`.
 """
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SPLITS = ("train", "validation")
+PROBE, NUM_PROBES = "probe.safetensors", 4
 
 _SHARD_BYTES = 256 * 2**20
 _BATCH_ROWS = 64

@@ -1,264 +1,243 @@
 """Train the UNet on cached latents.
 
 One step is algorithm 1 of Ho et al. 2020: draw x₀ (from the VAE's posterior), t and ε; noise;
-predict; compare; step. `train_unet` prepares, and its last part is the loop.
+predict; compare; step. `train_unet` is the loop, `optimizer_step` one turn of it; how a run starts
+or goes on is in `start.py`, what it works on in `setup.py`, what it tells in `telemetry.py`.
 """
 
-import math
-import os
+import sys
+import time
 from contextlib import nullcontext
-from datetime import datetime
 from pathlib import Path
+from shutil import copytree
+from signal import Signals
 
-import diffusers
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch import Tensor
-from transformers import CLIPTextModel
 
-from sdtrain.batches import Batch, BatchMaker
+from sdtrain import randomness
+from sdtrain.batches import Batch
 from sdtrain.checkpoints import save_checkpoint
-from sdtrain.diffusion import PredictionType, add_noise, target
+from sdtrain.diffusion import add_noise, min_snr_weights, target
 from sdtrain.ema import averaged
-from sdtrain.errors import InputError
 from sdtrain.files import new_folder, write_json
 from sdtrain.generation import build_pipeline, generate
-from sdtrain.heldout import HeldOut
-from sdtrain.manifests import encoders_fingerprint
-from sdtrain.models import load_scheduler, load_text_encoder, load_tokenizer, load_unet, load_vae, tokenize
-from sdtrain.params import TrainParams, ValidationParams
-from sdtrain.shards import LatentShards
-from sdtrain.telemetry import RunLog
+from sdtrain.interruption import Interruption
+from sdtrain.params import PrecomputeParams, TrainParams, ValidationParams
+from sdtrain.setup import Setup, attention
+from sdtrain.start import Run, part_of, start_run, weights_norm
+from sdtrain.telemetry import batch_sums
 
 
 def train_unet(
     params: TrainParams,
     validation: ValidationParams,
+    precompute: PrecomputeParams,
     seed: int,
+    record: dict,
     base: Path,
     latents: Path,
     out: Path,
     metrics: Path,
     train_curve: Path,
+    speed_curve: Path,
     validation_curve: Path,
     runs: Path,
+    resume: Path,
 ) -> None:
-    """Fine-tune the UNet of `base` on the cached `latents`.
+    """Fine-tune the UNet of `base` on the cached `latents`, on from the last saved state where there is one.
 
-    Writes the best and the last checkpoint to `out`, the summary to `metrics`, the curves as CSV, and
-    TensorBoard's events to a new folder in `runs`.
+    Writes the best checkpoints and the last to `out`, the summary to `metrics`, the curves as CSV, the
+    trackers' files to a folder in `runs`, and saved states to `resume`.
+
+    Args:
+        precompute: what the cache must have been made with.
+        record: the whole params tree, for the checkpoints' training_config.json.
 
     Raises:
-        InputError: the cache doesn't fit the base, fp16 is asked for without a GPU, the batch can't be split
-            among the processes, or the loss stops being finite.
+        InputError: a check before the first step fails, a state can't be resumed, or a loss stops being finite.
+        SystemExit: 128 + the signal's number, on SIGINT or SIGTERM, once the state is saved.
     """
-    accelerator = _accelerator(params.precision, runs)
-    device, main = accelerator.device, accelerator.is_main_process
-    fingerprint = encoders_fingerprint(base)
-    shards = LatentShards(latents, "train", fingerprint)
-    num_steps = _num_steps(params, len(shards))
-    accumulation = _accumulation(params, accelerator.num_processes)
-
-    unet, text_encoder, vae = load_unet(base / "unet"), load_text_encoder(base).to(device), load_vae(base).to(device)
-    tokenizer, scheduler = load_tokenizer(base), load_scheduler(base)
-    alphas_cumprod, scaling_factor = scheduler.alphas_cumprod.to(device), vae.config.scaling_factor
-    # So that the UNet draws pictures of the training's size; pipelines reset that of UNets before Diffusers 0.9.
-    unet.register_to_config(sample_size=shards.manifest["shape"][-1], _diffusers_version=diffusers.__version__)
-    unet.requires_grad_(True).train()
-    if params.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(
-        unet.parameters(),
-        lr=params.lr,
-        betas=(params.adam_beta1, params.adam_beta2),
-        eps=params.adam_epsilon,
-        weight_decay=params.weight_decay,
-        fused=device.type == "cuda",
-    )
-    lr_scheduler = get_scheduler(
-        params.lr_scheduler,
-        optimizer,
-        num_warmup_steps=params.lr_warmup_steps,
-        num_training_steps=num_steps,
-        num_cycles=params.lr_num_cycles,
-        power=params.lr_power,
-    )
-    model, optimizer = accelerator.prepare(unet, optimizer)
-    ema = EMAModel(unet.parameters(), decay=params.ema_decay, foreach=True) if params.use_ema else None
-
-    batches = BatchMaker(
-        shards,
-        seed,
-        params.batch_size,
-        len(alphas_cumprod),
-        scaling_factor,
-        params.caption_dropout,
-        null_ids=tokenize(tokenizer, [""])[0],
-    )
-    held_out = HeldOut(
-        LatentShards(latents, "validation", fingerprint),
-        text_encoder,
-        alphas_cumprod,
-        scaling_factor,
-        num_timesteps=validation.num_timesteps,
-        max_samples=validation.max_samples,
-        batch_size=validation.batch_size,
-    )
-    pipeline = build_pipeline(base, unet, params.prediction_type, vae, text_encoder, tokenizer)
-    log = RunLog(accelerator, num_steps, params.batch_size)
-    facts = {
-        "params": params.model_dump(),
-        "seed": seed,
-        "num_steps": num_steps,
-        "num_train": len(shards),
-        "latents_fingerprint": shards.manifest["fingerprint"],
-    }
-
-    base_prediction_type = scheduler.config.prediction_type
-    if base_prediction_type != params.prediction_type:
-        print(
-            f"train.prediction_type = {params.prediction_type!r}, the base predicts {base_prediction_type!r}: "
-            "the UNet learns to predict something else than it does"
-        )
-    base_loss = held_out.losses(unet, base_prediction_type).mean().item()
-    log.validation(0, {kind: base_loss for kind in (["raw", "ema"] if ema else ["raw"])}, images=[])
-    best_step, best_loss = 0, math.inf
-    with new_folder(out) if main else nullcontext() as folder:
-        for step in range(1, num_steps + 1):
-            loss = torch.zeros((), device=device)
-            for micro in range(accumulation):
-                batch = batches.make(step - 1, _positions(micro, params.micro_batch_size, accelerator), device)
-                with accelerator.no_sync(model) if micro < accumulation - 1 else nullcontext():
-                    part = diffusion_loss(
-                        accelerator, model, text_encoder, batch, alphas_cumprod, params.prediction_type
-                    )
-                    accelerator.backward(part / accumulation)
-                loss += part.detach() / accumulation
-            grad_norm = accelerator.clip_grad_norm_(unet.parameters(), params.max_grad_norm or math.inf)
-            lr = lr_scheduler.get_last_lr()[0]
-            optimizer.step()
-            skipped = optimizer.step_was_skipped  # by fp16's loss scaling, which then tries a smaller scale
-            if not skipped:
-                lr_scheduler.step()
-                if ema is not None:
-                    ema.step(unet.parameters())
-            optimizer.zero_grad(set_to_none=True)
-
-            last = step == num_steps
-            validates = last or step % validation.every_n_steps == 0
-            log.step(step, loss, grad_norm, lr, skipped, flush=validates or step % params.log_every_n_steps == 0)
-            if validates:
-                losses, images = validate(unet, ema, held_out, pipeline, validation, params.prediction_type)
-                log.validation(step, losses, images)
-                validation_loss = losses["ema" if ema else "raw"]
-                config = {**facts, "step": step, "validation_loss": validation_loss}
-                if validation_loss < best_loss:
-                    best_step, best_loss = step, validation_loss
-                    if main:
-                        save_checkpoint(folder / "best", unet, ema, config)
-                if last and main:
-                    save_checkpoint(folder / "last", unet, ema, config)
-    accelerator.end_training()
-    if main:
-        log.write_curves(train_curve, validation_curve)
-        write_json(
-            metrics,
-            {
-                "num_steps": num_steps,
-                "num_skipped_steps": log.num_skipped_steps,
-                "num_parameters": sum(p.numel() for p in unet.parameters()),
-                "train_loss": log.train_rows[-1]["loss"],
-                "base_validation_loss": base_loss,
-                "best_validation_loss": best_loss,
-                "best_step": best_step,
-            },
-        )
+    run = start_run(params, validation, precompute, seed, record, base, latents, out, runs, resume)
+    s, log = run.setup, run.log
+    interruption = Interruption(s.accelerator.num_processes)
+    with interruption.watching(), attention(params.attention_backend, s.accelerator.device):
+        for step in range(run.first_step, run.num_steps + 1):  # `step` optimizer steps are made
+            if step % validation.every_n_steps == 0 and not log.has_validated(step):
+                validate_and_keep(run, validation, step)
+            if step == run.num_steps or has_stalled(run):
+                break
+            optimizer_step(run, step)
+            if (step + 1) % params.log_every_n_steps == 0:
+                log.flush()
+            signal = interruption.asked()
+            if signal or (step + 1) % params.save_every_n_steps == 0:
+                save(run, step + 1)
+            if signal:
+                stop(run, step + 1, signal)
+        # Saved before the last row and validation, which a longer run may not have at this step.
+        save(run, step)
+        log.flush()
+        if not log.has_validated(step):
+            validate_and_keep(run, validation, step)
+        if signal := interruption.asked():
+            stop(run, step, signal)
+    s.accelerator.end_training()
+    if s.accelerator.is_main_process:
+        write_checkpoints(run, step, out)
+        log.write_curves(train_curve, speed_curve, validation_curve)
+        write_json(metrics, summary(run, step))
+        run.store.unlock()
 
 
-def diffusion_loss(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    text_encoder: CLIPTextModel,
-    batch: Batch,
-    alphas_cumprod: Tensor,
-    prediction_type: PredictionType,
-) -> Tensor:
-    """Mean squared error of the UNet's prediction on one micro-batch, a float32 scalar (Ho et al. 2020, eq. 14)."""
-    with torch.no_grad():
-        encoder_hidden_states = text_encoder(batch.input_ids).last_hidden_state
-    noisy_latents = add_noise(batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
-    with accelerator.autocast():
-        model_pred = model(noisy_latents, batch.timesteps, encoder_hidden_states).sample
-    return F.mse_loss(
-        model_pred.float(), target(batch.latents, batch.noise, batch.timesteps, alphas_cumprod, prediction_type)
-    )
+def optimizer_step(run: Run, step: int) -> None:
+    """Make the step that follows `step` steps: micro-batches, clipping, AdamW, schedule, EMA."""
+    s, accelerator = run.setup, run.setup.accelerator
+    sums, data_wait_s = torch.zeros(15, device=accelerator.device), 0.0
+    for micro in range(s.num_micro_batches):
+        positions = positions_of(s, micro)
+        started = time.perf_counter()
+        batch = s.batches.make(step, positions, accelerator.device)
+        data_wait_s += time.perf_counter() - started
+        torch.manual_seed(randomness.integer(s.seed, "dropout", step, positions.start))  # where the UNet has dropout
+        with accelerator.no_sync(s.model) if micro < s.num_micro_batches - 1 else nullcontext():
+            losses = diffusion_losses(s, batch)
+            accelerator.backward(losses.mean() / s.num_micro_batches)
+        sums += batch_sums(batch, losses.detach(), len(s.alphas_cumprod))
+    grad_norm = accelerator.clip_grad_norm_(s.unet.parameters(), s.params.max_grad_norm or float("inf"))
+    lr = run.lr_scheduler.get_last_lr()[0]
+    s.optimizer.step()
+    skipped = s.optimizer.step_was_skipped  # by fp16's loss scaling, which then tries a smaller scale
+    if not skipped:
+        run.lr_scheduler.step()
+        if s.ema is not None:
+            s.ema.step(s.unet.parameters())
+    s.optimizer.zero_grad(set_to_none=True)
+    run.log.step(sums, grad_norm, weights_norm(s), lr, skipped, data_wait_s)
 
 
-def validate(
-    unet: UNet2DConditionModel,
-    ema: EMAModel | None,
-    held_out: HeldOut,
-    pipeline: StableDiffusionPipeline,
-    params: ValidationParams,
-    prediction_type: PredictionType,
-) -> tuple[dict[str, float], list]:
-    """Held-out loss of the `raw` weights and, where kept, of the `ema`; and pictures of the latter."""
-    losses = {"raw": held_out.losses(unet, prediction_type).mean().item()}
-    with averaged(unet, ema):
-        if ema is not None:
-            losses["ema"] = held_out.losses(unet, prediction_type).mean().item()
-        unet.eval()
-        images = generate(
-            pipeline,
-            params.prompts,
-            list(range(len(params.prompts))),
-            batch_size=params.batch_size,
-            num_inference_steps=params.num_inference_steps,
-            guidance_scale=params.guidance_scale,
-        )
-        unet.train()
-    return losses, images
-
-
-def _accelerator(precision: str, runs: Path) -> Accelerator:
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("train.precision = 'fp16': needs a CUDA GPU, and there is none; use 'bf16' or 'fp32'")
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(logging_dir=str(runs)),
-    )
-    accelerator.init_trackers(f"{datetime.now():%Y%m%d-%H%M%S}-{os.environ.get('DVC_EXP_NAME') or 'repro'}")
-    return accelerator
-
-
-def _num_steps(params: TrainParams, num_train: int) -> int:
-    num_steps = params.max_steps or math.ceil(params.max_epochs * num_train / params.batch_size)
-    if params.lr_warmup_steps >= num_steps:
-        raise InputError(
-            f"train.lr_warmup_steps = {params.lr_warmup_steps}: must be below the run's {num_steps} steps "
-            f"({params.max_epochs} epochs of {num_train} pictures)"
-        )
-    return num_steps
-
-
-def _accumulation(params: TrainParams, num_processes: int) -> int:
-    """Micro-batches per process and step."""
-    per_pass = params.micro_batch_size * num_processes
-    if params.batch_size % per_pass:
-        raise InputError(
-            f"train.batch_size = {params.batch_size}: can't be split into micro-batches of "
-            f"{params.micro_batch_size} on {num_processes} processes; take a multiple of {per_pass}"
-        )
-    return params.batch_size // per_pass
-
-
-def _positions(micro: int, micro_batch_size: int, accelerator: Accelerator) -> range:
+def positions_of(s: Setup, micro: int) -> range:
     """The rows of the effective batch that this process takes in its `micro`-th pass."""
-    first = (micro * accelerator.num_processes + accelerator.process_index) * micro_batch_size
-    return range(first, first + micro_batch_size)
+    index, num_processes = part_of(s)
+    first = (micro * num_processes + index) * s.params.micro_batch_size
+    return range(first, first + s.params.micro_batch_size)
+
+
+def diffusion_losses(s: Setup, batch: Batch) -> Tensor:
+    """Each row's (weighted) squared error of the UNet's prediction, float32 [B] (Ho et al. 2020, eq. 14)."""
+    prediction_type = s.params.prediction_type
+    with torch.no_grad():
+        encoder_hidden_states = s.text_encoder(batch.input_ids).last_hidden_state
+    noisy_latents = add_noise(batch.latents, batch.input_noise, batch.timesteps, s.alphas_cumprod)
+    with s.accelerator.autocast():
+        model_pred = s.model(noisy_latents, batch.timesteps, encoder_hidden_states).sample
+    wanted = target(batch.latents, batch.noise, batch.timesteps, s.alphas_cumprod, prediction_type)
+    losses = (model_pred.float() - wanted).square().mean(dim=(1, 2, 3))
+    if s.params.snr_gamma is not None:
+        losses = losses * min_snr_weights(batch.timesteps, s.alphas_cumprod, s.params.snr_gamma, prediction_type)
+    return losses
+
+
+def validate_and_keep(run: Run, validation: ValidationParams, step: int) -> None:
+    """Validate after `step` steps, and keep the checkpoint if it is one of the best."""
+    s = run.setup
+    losses, images = validate(run, validation)
+    run.log.validation(step, run.held_out.timesteps.tolist(), losses, images)
+    loss = run.log.validation_loss(step)
+    if len(run.best) < s.params.num_best_checkpoints or loss < run.best[-1]["loss"]:
+        entries = sorted([*run.best, {"step": step, "loss": loss}], key=lambda best: best["loss"])
+        run.best = entries[: s.params.num_best_checkpoints]
+        if s.accelerator.is_main_process:
+            save_checkpoint(run.store.checkpoint(step), s.unet, s.ema, config(run, step))
+    s.accelerator.wait_for_everyone()
+    run.log.restart_clock()
+
+
+def validate(run: Run, validation: ValidationParams) -> tuple[dict[str, list[float]], list[Image.Image]]:
+    """Held-out loss at each timestep of the `raw` weights and, where kept, the `ema`; pictures of the latter."""
+    s, images = run.setup, []
+
+    def losses() -> list[float]:
+        part = run.held_out.losses(s.unet, s.scheduler, part_of(s))
+        return s.accelerator.reduce(part, "sum").mean(dim=0).tolist()
+
+    found = {"raw": losses()}
+    with averaged(s.unet, s.ema):
+        if s.ema is not None:
+            found["ema"] = losses()
+        if s.accelerator.is_main_process:
+            s.unet.eval()
+            images = generate(
+                build_pipeline(s.base, s.unet, s.scheduler, s.vae, s.text_encoder, s.tokenizer),
+                validation.prompts,
+                list(range(len(validation.prompts))),
+                batch_size=validation.batch_size,
+                num_inference_steps=validation.num_inference_steps,
+                guidance_scale=validation.guidance_scale,
+            )
+            s.unet.train()
+    return found, images
+
+
+def has_stalled(run: Run) -> bool:
+    """Whether early stopping's patience is at its end."""
+    patience = run.setup.params.early_stopping_patience
+    if patience is None or not run.best:
+        return False
+    return sum(row["step"] > run.best[0]["step"] for row in run.log.validation_rows) >= patience
+
+
+def save(run: Run, step: int) -> None:
+    """Save the state after `step` steps."""
+    s, state = run.setup, run.state()
+    if s.accelerator.is_main_process:
+        path = run.store.save(step, s.unet, s.ema, s.optimizer, state)
+        run.log.last_good = f"the last good state is {path}"
+    s.accelerator.wait_for_everyone()
+    run.log.restart_clock()
+
+
+def stop(run: Run, step: int, signal: int) -> None:
+    """End the process as a signal asked, with the state saved."""
+    run.setup.accelerator.end_training()
+    run.store.unlock()
+    if run.setup.accelerator.is_main_process:
+        print(
+            f"\nstopped by {Signals(signal).name} after step {step} of {run.num_steps}; the same command goes on from "
+            f"{run.store.folder}",
+            file=sys.stderr,
+        )
+    sys.exit(128 + signal)
+
+
+def config(run: Run, step: int) -> dict:
+    """training_config.json of the checkpoint after `step` steps."""
+    ema = run.setup.ema
+    own = {
+        "step": step,
+        "validation_loss": run.log.validation_loss(step),
+        "ema_step": ema.optimization_step if ema else None,
+    }
+    return {**own, **run.facts}
+
+
+def write_checkpoints(run: Run, step: int, out: Path) -> None:
+    """The best checkpoints, from where they were kept, and the last."""
+    with new_folder(out) as folder:
+        for rank, best in enumerate(run.best, start=1):
+            copytree(run.store.checkpoint(best["step"]), folder / ("best" if rank == 1 else f"best-{rank}"))
+        save_checkpoint(folder / "last", run.setup.unet, run.setup.ema, config(run, step))
+
+
+def summary(run: Run, step: int) -> dict:
+    """metrics/train.json."""
+    return {
+        "num_steps": step,
+        "num_skipped_steps": run.log.num_skipped_steps,
+        "num_parameters": run.setup.costs.num_parameters,
+        "train_loss": run.log.train_rows[-1]["loss"],
+        "base_validation_loss": run.log.validation_rows[0]["loss_raw"],
+        "best_validation_loss": run.best[0]["loss"],
+        "best_step": run.best[0]["step"],
+    }

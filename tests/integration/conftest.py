@@ -1,5 +1,6 @@
 """A shrunken run's folders, made once by the same functions that the stages call."""
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,10 @@ class Workspace:
             params.precompute, params.seed, self.base, self.dataset, self.latents, folder / "precompute.json"
         )
 
+    def release_locks(self) -> None:
+        """What the end of a killed process does."""
+        gc.collect()
+
     def train(
         self, out: Path, base: Path | None = None, latents: Path | None = None, seed: int = 0, **changes: dict
     ) -> Run:
@@ -44,9 +49,10 @@ class Workspace:
         params: Params = self.make_params(**changes)
         checkpoints, train_curve, validation_curve = out / "checkpoints", out / "train.csv", out / "validation.csv"
         train_unet(
-            params.train, params.validation, seed, base=base or self.base, latents=latents or self.latents,
-            out=checkpoints, metrics=out / "train.json", train_curve=train_curve,
-            validation_curve=validation_curve, runs=out / "runs",
+            params.train, params.validation, params.precompute, seed, params.model_dump(),
+            base=base or self.base, latents=latents or self.latents, out=checkpoints, metrics=out / "train.json",
+            train_curve=train_curve, speed_curve=out / "train_speed.csv", validation_curve=validation_curve,
+            runs=out / "runs", resume=out / "resume",
         )  # fmt: skip
         return Run(checkpoints, out / "train.json", pd.read_csv(train_curve), pd.read_csv(validation_curve))
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 
 from sdtrain.errors import InputError
 from sdtrain.generation import build_pipeline
-from sdtrain.models import load_unet
+from sdtrain.identity import fingerprint
+from sdtrain.models import load_scheduler, load_unet
 from sdtrain.precompute import precompute_latents
 
 
@@ -39,7 +41,10 @@ def test_gradient_checkpointing_changes_rounding_only(workspace, run, tmp_path):
 
 
 def test_another_seed_sees_other_noise_but_the_same_held_out_questions(workspace, run, tmp_path):
-    other = workspace.train(tmp_path, seed=1)
+    latents = tmp_path / "latents"
+    params = workspace.make_params()
+    precompute_latents(params.precompute, 1, workspace.base, workspace.dataset, latents, tmp_path / "metrics.json")
+    other = workspace.train(tmp_path, latents=latents, seed=1)
     assert other.validation_curve.loss_raw[0] == run.validation_curve.loss_raw[0]
     assert other.train_curve.loss[0] != run.train_curve.loss[0]
 
@@ -78,9 +83,13 @@ def test_best_is_the_validation_with_the_least_loss(run):
 def test_checkpoints_hold_what_made_them(run, workspace):
     config = json.loads((run.checkpoints / "last" / "training_config.json").read_text())
     assert config["step"] == config["num_steps"] == 4
-    assert config["params"]["lr"] == workspace.make_params().train.lr
-    assert config["latents_fingerprint"] == json.loads((workspace.latents / "manifest.json").read_text())["fingerprint"]
-    assert set(config["libraries"]) == {"torch", "diffusers", "transformers", "accelerate"}
+    assert config["params"] == workspace.make_params().model_dump()
+    assert config["fingerprint"] == fingerprint(config["identity"])
+    assert {"torch", "diffusers", "transformers", "accelerate"} < set(config["identity"]["libraries"])
+    assert set(config["identity"]["code"]) >= {"train", "batches", "diffusion", "randomness"}
+    assert config["resumed_from"] is None
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert config["git_commit"] == (commit or None)
 
 
 def test_training_moves_the_weights_and_lowers_the_loss(workspace, run, tmp_path):
@@ -102,7 +111,7 @@ def test_max_epochs_counts_passes(workspace, tmp_path):
 def test_v_prediction_trains_and_is_compared_in_epsilon(workspace, tmp_path):
     run = workspace.train(tmp_path, train={"prediction_type": "v_prediction", "max_steps": 2})
     config = json.loads((run.checkpoints / "last" / "training_config.json").read_text())
-    assert config["params"]["prediction_type"] == "v_prediction"
+    assert config["params"]["train"]["prediction_type"] == "v_prediction"
     assert (
         run.train_curve.loss[0] > 1.2 * workspace.train(tmp_path / "e", train={"max_steps": 1}).train_curve.loss[0]
     ), "a UNet that predicts noise is a poor predictor of velocity"
@@ -127,6 +136,7 @@ def test_a_loss_that_explodes_stops_the_run_and_saves_nothing(workspace, tmp_pat
             tmp_path, train={"lr": 1.0e30, "lr_scheduler": "constant", "max_steps": 6, "max_grad_norm": None}
         )
     assert not list(tmp_path.glob("checkpoints*"))
+    assert not list((tmp_path / "resume").glob("*/step-*"))
 
 
 def test_warmup_longer_than_the_epochs_is_refused(workspace, tmp_path):
@@ -152,15 +162,15 @@ def test_pictures_and_scalars_reach_tensorboard(workspace, tmp_path):
     board = EventAccumulator(str(events), size_guidance={"images": 0})
     board.Reload()
     tags = board.Tags()
-    assert {"train/loss", "train/lr", "train/grad_norm", "train/images_per_s", "validation/loss_ema"} <= set(
-        tags["scalars"]
+    train = (
+        "loss lr grad_norm param_norm grad_norm_clip param_norm_clip step_time_ms samples_per_sec timestep_mean "
+        "timestep_std latent_std noise_std loss_smoothed loss_q1 loss_q2 loss_q3 loss_q4 data_wait peak_memory_gib"
     )
-    assert {
-        image.step
-        for image in board.Images(
-            "validation/samples/0" if "validation/samples/0" in tags["images"] else "validation/samples"
-        )
-    } == {2, 4}
+    wanted = {f"train/{name}" for name in train.split()}
+    wanted |= {f"validation/loss_{kind}{bin}" for kind in ("raw", "ema") for bin in ("", "_t250", "_t750")}
+    assert wanted <= set(tags["scalars"])
+    assert set(tags["images"]) == {"validation/sample_0", "validation/sample_1"}
+    assert [image.step for image in board.Images("validation/sample_1")] == [2, 4]
 
 
 def test_the_unet_remembers_the_size_it_was_trained_at(workspace, tmp_path):
@@ -172,10 +182,12 @@ def test_the_unet_remembers_the_size_it_was_trained_at(workspace, tmp_path):
     config = json.loads((base / "unet" / "config.json").read_text())
     config["_diffusers_version"] = "0.6.0"  # SD 1.5's: pipelines set the sample_size of such UNets to 64
     (base / "unet" / "config.json").write_text(json.dumps(config))
-    run = workspace.train(tmp_path / "run", base=base, latents=latents, train={"max_steps": 1})
+    run = workspace.train(
+        tmp_path / "run", base=base, latents=latents, train={"max_steps": 1}, precompute={"resolution": 128}
+    )
     unet = load_unet(run.checkpoints / "best" / "unet")
     assert unet.config.sample_size == 16
-    assert build_pipeline(base, unet, "epsilon").unet.config.sample_size == 16
+    assert build_pipeline(base, unet, load_scheduler(base)).unet.config.sample_size == 16
 
 
 def test_restarts_and_power_reach_the_schedule(workspace, tmp_path):

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from sdtrain.batches import BatchMaker
+from sdtrain.params import check_params
+from tests.conftest import shrunk_tree
 
 CPU = torch.device("cpu")
 NULL = torch.full((4,), -1)
@@ -34,8 +36,10 @@ class Shards:
         return tuple(values[name] for name in names)
 
 
-def maker(shards, batch_size=6, seed=0, caption_dropout=0.0, scaling_factor=1.0):
-    return BatchMaker(shards, seed, batch_size, 1000, scaling_factor, caption_dropout, NULL)
+def maker(shards, batch_size=6, seed=0, scaling_factor=1.0, **changes):
+    train = {**shrunk_tree()["train"], "caption_dropout": 0.0, "batch_size": batch_size, "micro_batch_size": 1}
+    params = check_params(shrunk_tree(train={**train, **changes})).train
+    return BatchMaker(shards, params, seed, num_train_timesteps=1000, scaling_factor=scaling_factor, null_ids=NULL)
 
 
 def rows_of(batch) -> list[int]:
@@ -44,11 +48,17 @@ def rows_of(batch) -> list[int]:
 
 @pytest.mark.parametrize("split", [[6], [3, 3], [1, 2, 3]])
 def test_a_step_is_the_same_however_it_is_split(split):
-    batches = maker(Shards(20, std=0.5, has_flipped=True), caption_dropout=0.3)
+    batches = maker(
+        Shards(20, std=0.5, has_flipped=True),
+        caption_dropout=0.3,
+        noise_offset=0.1,
+        input_perturbation=0.1,
+        timestep_sampling="stratified",
+    )
     whole = batches.make(7, range(6), CPU)
     starts = np.cumsum([0, *split])
     parts = [batches.make(7, range(a, b), CPU) for a, b in pairwise(starts)]
-    for name in ("latents", "noise", "timesteps", "input_ids"):
+    for name in ("latents", "noise", "input_noise", "timesteps", "input_ids"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
 
@@ -106,3 +116,48 @@ def test_without_mirrors_or_dropout_there_are_none():
     made = batches.make(0, range(50), CPU)
     assert (made.latents > -1e-6).all()
     assert (made.input_ids >= 0).all()
+
+
+def test_noise_offset_shifts_whole_channels_of_the_target():
+    plain = maker(Shards(6)).make(3, range(6), CPU)
+    offset = maker(Shards(6), noise_offset=0.5).make(3, range(6), CPU)
+    shift = offset.noise - plain.noise
+    assert torch.allclose(shift, shift[..., :1, :1].expand_as(shift), atol=1e-6)
+    assert torch.equal(offset.input_noise, offset.noise)
+    assert len(set(shift[:, 0, 0, 0].tolist())) == 6
+
+
+def test_noise_offset_has_its_strength():
+    batches, plain = maker(Shards(600), batch_size=600, noise_offset=0.1), maker(Shards(600), batch_size=600)
+    shift = (batches.make(0, range(600), CPU).noise - plain.make(0, range(600), CPU).noise)[:, 0, 0, 0]
+    assert shift.std().item() == pytest.approx(0.1, rel=0.1)
+
+
+def test_input_perturbation_leaves_the_target_alone():
+    plain = maker(Shards(600), batch_size=600).make(0, range(600), CPU)
+    perturbed = maker(Shards(600), batch_size=600, input_perturbation=0.1).make(0, range(600), CPU)
+    assert torch.equal(perturbed.noise, plain.noise)
+    assert (perturbed.input_noise - perturbed.noise).std().item() == pytest.approx(0.1, rel=0.1)
+    assert torch.equal(plain.input_noise, plain.noise)
+
+
+@pytest.mark.parametrize("batch_size", [1, 6, 32])
+def test_stratified_timesteps_take_one_from_each_stratum(batch_size):
+    batches = maker(Shards(40), batch_size=batch_size, timestep_sampling="stratified")
+    for step in range(20):
+        timesteps = batches.make(step, range(batch_size), CPU).timesteps
+        gaps = torch.diff(timesteps.sort().values).tolist()
+        assert all(0 <= t < 1000 for t in timesteps.tolist())
+        assert max(gaps, default=0) - min(gaps, default=0) <= 1, "an evenly spaced grid, rounded down"
+        edges = torch.arange(batch_size) * 1000 / batch_size
+        inside = timesteps.sort().values - edges
+        assert inside.min() >= -1, "rounding down may move one below its stratum"
+        assert inside.max() < 1000 / batch_size
+
+
+def test_stratified_timesteps_cover_the_schedule_evenly_in_the_long_run():
+    batches = maker(Shards(40), batch_size=4, timestep_sampling="stratified")
+    timesteps = torch.cat([batches.make(step, range(4), CPU).timesteps for step in range(500)])
+    counts = torch.histc(timesteps.float(), bins=10, min=0, max=1000)
+    assert counts.min() > 150
+    assert counts.max() < 250

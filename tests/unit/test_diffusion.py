@@ -3,9 +3,17 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 from torch.testing import assert_close
 
-from sdtrain.diffusion import add_noise, mid_bin_timesteps, target, to_epsilon
+from sdtrain.diffusion import (
+    add_noise,
+    mid_bin_timesteps,
+    min_snr_weights,
+    signal_to_noise_ratio,
+    target,
+    to_epsilon,
+)
 
 SCHEDULER = DDPMScheduler(  # Stable Diffusion 1.5's
     num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
@@ -76,3 +84,75 @@ def test_rates_of_each_row_by_hand():
 )
 def test_mid_bin_timesteps(num_bins, num_timesteps, middles):
     assert mid_bin_timesteps(num_bins, num_timesteps).tolist() == middles
+
+
+ZERO_TERMINAL = DDPMScheduler.from_config(
+    SCHEDULER.config, rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"
+)
+
+
+def test_snr_equals_diffusers_at_every_timestep():
+    assert_close(signal_to_noise_ratio(ALPHAS), compute_snr(SCHEDULER, EVERY_TIMESTEP), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize(("snr", "nearest"), [(5, 146), (1, 354)])
+def test_where_stable_diffusions_snr_is(snr, nearest):
+    assert abs((signal_to_noise_ratio(ALPHAS) - snr).abs().argmin().item() - nearest) <= 1
+
+
+def test_errors_of_epsilon_and_velocity_in_terms_of_x0():
+    """‖Δε‖² = SNR ‖Δx₀‖² and ‖Δv‖² = (SNR+1) ‖Δx₀‖², where x_t is held."""
+    alphas, snr = ALPHAS.double(), signal_to_noise_ratio(ALPHAS.double())
+    noisy, guess = NOISE.double(), LATENTS.double()
+    other = guess + 0.1
+    rates = alphas.view(-1, 1, 1, 1)
+
+    def noise_of(latents):
+        return (noisy - rates.sqrt() * latents) / (1 - rates).sqrt()
+
+    for prediction_type, factor in (("epsilon", snr), ("v_prediction", snr + 1)):
+        one, two = (target(x, noise_of(x), EVERY_TIMESTEP, alphas, prediction_type) for x in (guess, other))
+        error = (one - two).square().mean(dim=(1, 2, 3))
+        assert_close(error / 0.01, factor, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("prediction_type", "mean"), [("epsilon", 0.917), ("v_prediction", 0.294)])
+def test_min_snr_weights_over_the_schedule(prediction_type, mean):
+    weights = min_snr_weights(EVERY_TIMESTEP, ALPHAS, 5.0, prediction_type)
+    snr = compute_snr(SCHEDULER, EVERY_TIMESTEP)
+    divisor = snr if prediction_type == "epsilon" else snr + 1
+    assert_close(weights, torch.minimum(snr, torch.tensor(5.0)) / divisor, rtol=3e-5, atol=0)
+    assert weights.mean().item() == pytest.approx(mean, abs=5e-4)
+
+
+def test_min_snr_weight_of_velocity_vanishes_with_the_signal():
+    """About 0.005 at the end; the form min(SNR+1, γ)/(SNR+1) that others shipped gives 1."""
+    assert min_snr_weights(torch.tensor([999]), ALPHAS, 5.0, "v_prediction").item() == pytest.approx(0.00466, rel=1e-3)
+
+
+def test_min_snr_is_finite_where_no_signal_is_left():
+    weights = min_snr_weights(EVERY_TIMESTEP, ZERO_TERMINAL.alphas_cumprod, 5.0, "v_prediction")
+    assert weights.isfinite().all()
+    assert weights[999] == 1.0
+
+
+def test_zero_terminal_snr_is_the_published_rescaling_at_every_timestep():
+    """√ᾱ' = (√ᾱ-√ᾱ_T) √ᾱ₀ / (√ᾱ₀-√ᾱ_T) (Lin et al. 2024, algorithm 1), in float64."""
+    root = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, dim=0).sqrt()
+    expected = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    ours = ZERO_TERMINAL.alphas_cumprod.double()
+    assert_close(ours, expected, rtol=0, atol=1e-6)
+    assert expected[500].item() == pytest.approx(0.24101878, rel=1e-6)
+    assert ours[500].item() == pytest.approx(0.24101878, rel=1e-5)
+    assert ours[998].item() == pytest.approx(1.968e-7, rel=0.02)
+    assert ours[999].item() == 0
+
+
+def test_zero_terminal_snr_schedule_equals_diffusers():
+    alphas = ZERO_TERMINAL.alphas_cumprod
+    noisy = add_noise(LATENTS, NOISE, EVERY_TIMESTEP, alphas)
+    assert_close(noisy, ZERO_TERMINAL.add_noise(LATENTS, NOISE, EVERY_TIMESTEP), rtol=0, atol=1e-6)
+    velocity = target(LATENTS, NOISE, EVERY_TIMESTEP, alphas, "v_prediction")
+    assert_close(velocity, ZERO_TERMINAL.get_velocity(LATENTS, NOISE, EVERY_TIMESTEP), rtol=0, atol=1e-6)
+    assert torch.equal(noisy[999], NOISE[999])
+    assert torch.equal(velocity[999], -LATENTS[999])

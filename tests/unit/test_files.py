@@ -103,7 +103,7 @@ def test_missing_manifest_names_the_stage_to_run(tmp_path, kind, stage):
 @pytest.mark.parametrize("version", [0, 99, None])
 def test_manifest_of_another_format_names_both_versions(tmp_path, version):
     write_json(tmp_path / "manifest.json", {"format_version": version})
-    with pytest.raises(InputError, match=rf"format_version {version}, this code reads 1; run `dvc repro precompute`"):
+    with pytest.raises(InputError, match=rf"format_version {version}, this code reads 2; run `dvc repro precompute`"):
         read_manifest(tmp_path, "latents")
 
 

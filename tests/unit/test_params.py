@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from sdtrain.errors import InputError
-from sdtrain.params import _RULES, Params, Section, _View, check_params, load_params
+from sdtrain.params import Params, Section, check_params, load_params
+from sdtrain.rules import RULES, View, scaled_lr
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "params.yaml"
@@ -93,7 +94,7 @@ def test_missing_file_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("key", "hint"),
     [
-        ("train__learning_rate", "there are lr, max_steps"),
+        ("train__learning_rate", "there are lr, lr_scaling"),
         ("train__max_step", "nearest is train.max_steps"),
         ("train__random_flip", "nearest is precompute.random_flip"),
         ("valiation", "nearest is validation"),
@@ -162,6 +163,60 @@ RULE_CASES = [
         {"train__lr_scheduler": "polynomial", "train__lr": 1e-7},
         "train.lr = 1e-07: train.lr_scheduler = 'polynomial' falls to 1e-7",
     ),
+    ({"train__lr_scaling": "sqrt"}, "train.lr_reference_batch_size = None: train.lr_scaling = 'sqrt' needs the batch"),
+    (
+        {"train__lr_reference_batch_size": 8},
+        "train.lr_reference_batch_size = 8: has no effect with train.lr_scaling = 'none'",
+    ),
+    ({"train__lr_step_rules": "1:5,0.1"}, "train.lr_step_rules = '1:5,0.1': only train.lr_scheduler = 'piecewise_con"),
+    (
+        {"train__lr_scheduler": "piecewise_constant", "train__lr_warmup_steps": 0},
+        "train.lr_step_rules = None: train.lr_scheduler = 'piecewise_constant' needs them; write factor:step pairs",
+    ),
+    *(
+        (
+            {"train__lr_scheduler": "piecewise_constant", "train__lr_warmup_steps": 0, "train__lr_step_rules": rules},
+            f"train.lr_step_rules = '{rules}': write factor:step pairs with rising steps and a last factor",
+        )
+        for rules in (
+            "1:5",
+            "1:9,0.5:5,0.1",
+            "1:5:6,0.1",
+            "1:0,0.1",
+            "a:5,0.1",
+            "1:x,0.1",
+            "-1:5,0.1",
+            "1:5,0.1:5,1",
+            "nan",
+        )
+    ),
+    (
+        {"train__lr_scheduler": "piecewise_constant", "train__lr_step_rules": "1:5,0.1"},
+        "train.lr_warmup_steps = 50: train.lr_scheduler = 'piecewise_constant' has no warm-up",
+    ),
+    (
+        {"train__zero_terminal_snr": True},
+        "train.zero_terminal_snr = True: with train.prediction_type = 'epsilon' the last timestep is pure noise",
+    ),
+    ({"train__ema_decay": None}, "train.ema_decay = None: train.ema_schedule = 'ramp' needs a number"),
+    ({"train__ema_power": 0.7}, "train.ema_power = 0.7: train.ema_schedule = 'ramp' doesn't use it; set it to null"),
+    (
+        {"train__ema_schedule": "warmup", "train__ema_power": 0.7},
+        "train.ema_inv_gamma = None: train.ema_schedule = 'warmup' needs a number",
+    ),
+    (
+        {"train__ema_schedule": "power_function", "train__ema_sigma_rel": 0.1},
+        "train.ema_decay = 0.99: train.ema_schedule = 'power_function' doesn't use it; set it to null",
+    ),
+    (
+        {"train__resume_reset": ["lr"]},
+        "train.resume_reset = ['lr']: has no effect with train.resume = 'auto'",
+    ),
+    (
+        {"train__resume": "somewhere", "train__resume_reset": ["lr", "lr"]},
+        "train.resume_reset = ['lr', 'lr']: names one twice",
+    ),
+    ({"train__trackers": ["wandb", "wandb"]}, "train.trackers = ['wandb', 'wandb']: names one twice"),
     ({"base__vae_revision": "main"}, "base.vae_revision = 'main': has no effect without base.vae_repo"),
     ({"base__text_encoder_revision": "v1"}, "base.text_encoder_revision = 'v1': has no effect without base.text_enc"),
     (
@@ -191,14 +246,14 @@ def test_cross_field_rule(changes, fault):
 
 @pytest.mark.parametrize(("changes", "fault"), RULE_CASES)
 def test_cross_field_rule_is_reported_beside_other_faults(changes, fault):
-    text = message(changed(**changes, evaluate=..., validation=3, train__ema_decay="high", base__unknown=1))
+    text = message(changed(**changes, evaluate=..., validation=3, train__adam_epsilon="high", base__unknown=1))
     assert "params.yaml has 5 faults:" in text
     assert f"\n  {fault}" in text
 
 
 def test_every_rule_has_a_case():
-    views = [_View(changed(**changes), faulty=set()) for changes, _ in RULE_CASES]
-    assert [rule for rule in _RULES if not any(view.ask(rule) for view in views)] == []
+    views = [View(changed(**changes), faulty=set()) for changes, _ in RULE_CASES]
+    assert [rule for rule in RULES if not any(view.ask(rule) for view in views)] == []
 
 
 @pytest.mark.parametrize(
@@ -215,6 +270,17 @@ def test_every_rule_has_a_case():
         {"train__lr_warmup_steps": 799},
         {"train__use_ema": False, "export__weights": "raw"},
         {"precompute__random_flip": True, "dataset__source": "imagefolder"},
+        {"train__lr_scaling": "sqrt", "train__lr_reference_batch_size": 8},
+        {
+            "train__lr_scheduler": "piecewise_constant",
+            "train__lr_warmup_steps": 0,
+            "train__lr_step_rules": "1:500,0.1:800,0.01",
+        },
+        {"train__zero_terminal_snr": True, "train__prediction_type": "v_prediction"},
+        {"train__ema_schedule": "warmup", "train__ema_inv_gamma": 1.0, "train__ema_power": 0.75},
+        {"train__ema_schedule": "power_function", "train__ema_sigma_rel": 0.1, "train__ema_decay": None},
+        {"train__resume": "a/path", "train__resume_reset": ["optimizer", "lr"]},
+        {"train__trackers": []},
     ],
 )
 def test_what_the_rules_allow(changes):
@@ -253,3 +319,31 @@ def test_every_field_and_section_is_described():
     described = dict(fields(Params))
     assert {"seed", "base.path", "train.lr", "evaluate.num_bootstrap"} <= set(described)
     assert [key for key, description in described.items() if not description] == []
+
+
+@pytest.mark.parametrize(("scaling", "lr"), [("none", 1e-4), ("sqrt", 4e-4), ("linear", 16e-4)])
+def test_lr_scaling(scaling, lr):
+    """At sixteen times the reference batch: as it is, times 4, times 16."""
+    reference = None if scaling == "none" else 2
+    assert scaled_lr(1e-4, scaling, 32, reference) == pytest.approx(lr)
+    tree = changed(
+        train__lr=1e-4, train__batch_size=32, train__lr_scaling=scaling, train__lr_reference_batch_size=reference
+    )
+    assert check_params(tree).train.scaled_lr == pytest.approx(lr)
+
+
+def test_every_schedule_of_diffusers_can_be_chosen():
+    from typing import get_args
+
+    from diffusers.optimization import SchedulerType
+
+    from sdtrain.params import TrainParams
+
+    chosen = get_args(TrainParams.model_fields["lr_scheduler"].annotation)
+    assert set(chosen) == {schedule.value for schedule in SchedulerType}
+
+
+def test_a_faulty_item_of_a_list_is_named():
+    assert "train.resume_reset.0 = 'rate': must be one of 'lr', 'scheduler', 'optimizer'" in message(
+        changed(train__resume_reset=["rate"])
+    )

@@ -1,0 +1,165 @@
+"""What is looked at before the first step, so that hours aren't spent on a run that can't come out right."""
+
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sdtrain.costs import Costs
+from sdtrain.errors import InputError
+from sdtrain.params import PrecomputeParams
+from sdtrain.shards import PROBE, LatentShards
+
+_STD_RANGE = (0.4, 2.5)
+"""Of scaled latents. The scaling factor makes it about 1; none at all gives about 5.5 for SD's, twice gives 0.18."""
+_MIN_PSNR_DB = 12.0
+"""Of the VAE's round trip. A sound VAE reaches 20 and more; a constant grey picture about 10."""
+_MAX_CACHE_ERROR = 0.05
+"""Relative L2 distance of cached and fresh means; float16 storage and another device's kernels stay far below."""
+
+
+def check_cache(manifest: dict, precompute: PrecomputeParams, seed: int, latents: Path) -> None:
+    """The latent cache was made with these params.
+
+    Raises:
+        InputError: names what differs.
+    """
+    ours = {**precompute.model_dump(exclude={"batch_size"}), "seed": seed}
+    theirs = {**manifest["params"], "seed": manifest["seed"]}
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            key = name if name == "seed" else f"precompute.{name}"
+            raise InputError(
+                f"{latents} was made with {key} = {theirs.get(name)!r}, params.yaml says {value!r}; "
+                "run `dvc repro precompute`"
+            )
+
+
+def check_tokens(manifest: dict, vocabulary_size: int, latents: Path) -> None:
+    """No token id lies outside the text encoder's vocabulary.
+
+    Raises:
+        InputError: gives the largest id and the vocabulary's size.
+    """
+    if manifest["max_token_id"] >= vocabulary_size:
+        raise InputError(
+            f"{latents} holds token id {manifest['max_token_id']}, the text encoder knows 0 to {vocabulary_size - 1}: "
+            "tokenizer and text encoder don't belong together; set base.text_encoder_repo, then `dvc repro`"
+        )
+
+
+def check_latents(batch: Tensor) -> float:
+    """Latents as the UNet gets them, [B, C, h, w], vary by about 1; their standard deviation.
+
+    Raises:
+        InputError: they don't, as where the VAE's scaling factor was left out or applied twice.
+    """
+    std = batch.std().item()
+    if not _STD_RANGE[0] < std < _STD_RANGE[1]:
+        raise InputError(
+            f"the scaled latents' standard deviation is {std:.3f}, which should be about 1 (accepted: "
+            f"{_STD_RANGE[0]} to {_STD_RANGE[1]}): the VAE's scaling_factor is wrong, or was applied twice or not at "
+            "all; check vae/config.json of the base"
+        )
+    return std
+
+
+@torch.no_grad()
+def check_vae(vae: AutoencoderKL, shards: LatentShards, latents: Path) -> float:
+    """The VAE encodes the cache's probe pictures to what is cached, unscaled, and decodes that to the pictures.
+
+    Returns the round trip's PSNR in dB, over pixels in -1..1.
+
+    Raises:
+        InputError: the cache is scaled or of another VAE, or the round trip loses the picture.
+    """
+    pixels = load_file(latents / PROBE)["pixels"].to(vae.device)
+    cached = torch.stack([shards.read(row, "mean")[0] for row in range(len(pixels))]).to(vae.device)
+    fresh = vae.encode(pixels).latent_dist.mean
+    error = ((cached - fresh).norm() / fresh.norm()).item()
+    if not error < _MAX_CACHE_ERROR:
+        factor = ((cached * fresh).sum() / fresh.square().sum()).item()
+        raise InputError(
+            f"{latents}: the VAE of data/base encodes its probe pictures otherwise than they are cached (relative "
+            f"error {error:.2f}; the cache is {factor:.3f} times that, and it must be unscaled, the scaling factor is "
+            f"{vae.config.scaling_factor}); run `dvc repro --force precompute`"
+        )
+    psnr = (10 * torch.log10(4 / (vae.decode(cached).sample.clamp(-1, 1) - pixels).square().mean())).item()
+    if not psnr > _MIN_PSNR_DB:
+        raise InputError(
+            f"the VAE's round trip keeps {psnr:.1f} dB of the probe pictures, at least {_MIN_PSNR_DB:.0f} are needed: "
+            "what it can't draw, no UNet can; take another VAE (base.vae_repo) or a larger precompute.resolution"
+        )
+    return psnr
+
+
+def check_base_loss(loss: float, from_scratch: bool) -> None:
+    """The base UNet predicts held-out noise better than no prediction does, unless it has never been trained.
+
+    Raises:
+        InputError: its loss is 1 or more, that of predicting zero.
+    """
+    if not from_scratch and not loss < 1:
+        raise InputError(
+            f"the base's held-out loss is {loss:.3f}, a trained UNet's lies below 1 (predicting nothing gives 1): its "
+            "scheduler_config.json may name the wrong prediction_type, or its VAE isn't the UNet's own"
+        )
+
+
+def check_disk(costs: Costs, num_best: int, resume: Path, out: Path) -> None:
+    """Saved states and checkpoints will fit on the disk.
+
+    Raises:
+        InputError: gives what is needed and what is free.
+    """
+    needs = {
+        resume: 2 * costs.state_bytes + (num_best + 1) * costs.checkpoint_bytes,  # the new before the old goes
+        out: (num_best + 1) * costs.checkpoint_bytes,
+    }
+    by_disk: dict[int, int] = {}
+    for folder, needed in needs.items():
+        place = _existing(folder)
+        device = place.stat().st_dev
+        by_disk[device] = by_disk.get(device, 0) + needed
+        free = shutil.disk_usage(place).free
+        if by_disk[device] > free:
+            raise InputError(
+                f"{place} has {free / 2**30:.1f} GiB free, saved states and checkpoints need "
+                f"{by_disk[device] / 2**30:.1f} GiB; free some, or lower train.num_best_checkpoints"
+            )
+
+
+def check_memory(costs: Costs, device: torch.device) -> None:
+    """Weights, gradients and optimizer fit into the device's memory, whatever the batch.
+
+    Raises:
+        InputError: gives the estimate and the memory there is.
+    """
+    total = total_memory_bytes(device)
+    if costs.lasting_bytes > total:
+        raise InputError(
+            f"weights, gradients, optimizer and EMA alone need about {costs.lasting_bytes / 2**30:.1f} GiB, the "
+            f"{device.type} has {total / 2**30:.1f} GiB; use train.optimizer: adamw_8bit, or train.use_ema: false"
+        )
+    if costs.memory_bytes > total:
+        print(
+            f"warning: an estimated {costs.memory_bytes / 2**30:.1f} GiB are needed, the {device.type} has "
+            f"{total / 2**30:.1f} GiB; a smaller train.micro_batch_size or train.gradient_checkpointing: true helps"
+        )
+
+
+def total_memory_bytes(device: torch.device) -> int:
+    """Of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    folder = folder.absolute()
+    return next(place for place in (folder, *folder.parents) if place.exists())

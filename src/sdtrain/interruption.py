@@ -1,0 +1,43 @@
+"""SIGINT and SIGTERM, noted while a run works, so that it can end its step and save."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """The signal that asked a run to stop, once all of its processes know of it."""
+
+    def __init__(self, num_processes: int) -> None:
+        self._signal = 0
+        # Over CPU memory, so that asking never waits for the device.
+        self._group = dist.new_group(backend="gloo") if num_processes > 1 else None
+
+    def asked(self) -> int:
+        """The signal's number, 0 while there is none; the same answer in every process."""
+        if self._group is None:
+            return self._signal
+        answer = torch.tensor(self._signal)
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self._group)
+        return int(answer)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note the signals within the context instead of ending the process; one alone doesn't stop a save."""
+        before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if not self._signal:
+            os.write(2, f"\n{signal.Signals(number).name}: ends this step, saves, then stops\n".encode())
+        self._signal = number

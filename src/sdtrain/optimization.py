@@ -1,0 +1,92 @@
+"""The optimizer, its learning rate's schedule, and how many steps and passes a run makes."""
+
+import importlib.util
+import math
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from sdtrain.errors import InputError
+from sdtrain.params import TrainParams
+
+OPEN_ENDED = ("constant", "constant_with_warmup", "piecewise_constant")
+"""Schedules whose rate at a step doesn't depend on the run's length, so that a run can be extended."""
+
+_FUSED = ("cuda", "cpu", "mps", "xpu")
+"""Devices for which PyTorch has a fused AdamW."""
+
+
+def build_optimizer(unet: torch.nn.Module, params: TrainParams, device: torch.device) -> Optimizer:
+    """AdamW over all of the UNet's weights.
+
+    Raises:
+        InputError: 8-bit AdamW without a CUDA GPU or without bitsandbytes.
+    """
+    settings = {
+        "lr": params.scaled_lr,
+        "betas": (params.adam_beta1, params.adam_beta2),
+        "eps": params.adam_epsilon,
+        "weight_decay": params.weight_decay,
+    }
+    if params.optimizer == "adamw":
+        return torch.optim.AdamW(unet.parameters(), **settings, fused=device.type in _FUSED)
+    if device.type != "cuda":
+        raise InputError(
+            f"train.optimizer = 'adamw_8bit': needs a CUDA GPU, this run is on the {device.type}; use 'adamw'"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            "train.optimizer = 'adamw_8bit': bitsandbytes isn't installed; run `pip install '.[8bit]'`, or use 'adamw'"
+        )
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(unet.parameters(), **settings)
+
+
+def build_lr_scheduler(optimizer: Optimizer, params: TrainParams, num_steps: int, num_done: int) -> LRScheduler:
+    """Diffusers' schedule of `num_steps`, of which `num_done` lie behind."""
+    if num_done:  # torch then wants to know the rate at the schedule's top
+        for group in optimizer.param_groups:
+            group["initial_lr"] = params.scaled_lr
+    return get_scheduler(
+        params.lr_scheduler,
+        optimizer,
+        step_rules=params.lr_step_rules,
+        num_warmup_steps=params.lr_warmup_steps,
+        num_training_steps=num_steps,
+        num_cycles=params.lr_num_cycles,
+        power=params.lr_power,
+        last_epoch=num_done - 1,
+    )
+
+
+def count_steps(params: TrainParams, num_train: int) -> int:
+    """Optimizer steps of the whole run.
+
+    Raises:
+        InputError: the warm-up is no shorter than that.
+    """
+    num_steps = params.max_steps or math.ceil(params.max_epochs * num_train / params.batch_size)
+    if params.lr_warmup_steps >= num_steps:
+        raise InputError(
+            f"train.lr_warmup_steps = {params.lr_warmup_steps}: must be below the run's {num_steps} steps "
+            f"({params.max_epochs} epochs of {num_train} pictures)"
+        )
+    return num_steps
+
+
+def count_micro_batches(params: TrainParams, num_processes: int) -> int:
+    """Forward passes per process and step.
+
+    Raises:
+        InputError: the effective batch can't be split that way.
+    """
+    per_pass = params.micro_batch_size * num_processes
+    if params.batch_size % per_pass:
+        raise InputError(
+            f"train.batch_size = {params.batch_size}: can't be split into micro-batches of "
+            f"{params.micro_batch_size} on {num_processes} processes; take a multiple of {per_pass}"
+        )
+    return params.batch_size // per_pass

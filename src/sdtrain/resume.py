@@ -1,0 +1,301 @@
+"""Saved states: what a run needs to go on from a step as if it had never stopped.
+
+`<root>/<fingerprint>/step-<n>/` holds `unet.safetensors`, `ema.safetensors` (where an average is
+kept), `optimizer.safetensors` and `state.json`; `<root>/<fingerprint>/checkpoints/` the best
+checkpoints so far. The root lies outside the outs, which DVC deletes before a stage runs, and
+outside the copies that `--temp` and queued runs work in. A state is whole or not there: it is
+written under another name, flushed to disk, and renamed. No randomness is saved, because there
+is none to save: every draw is a function of seed and place (`randomness.py`).
+"""
+
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+
+from sdtrain.checkpoints import is_checkpoint
+from sdtrain.errors import InputError
+from sdtrain.files import new_folder, read_json, write_json
+from sdtrain.identity import describe, differences, fingerprint
+from sdtrain.models import load_unet
+
+_FORMAT_VERSION = 1
+
+
+class StateStore:
+    """The saved states of one run, named by its identity's fingerprint."""
+
+    def __init__(self, root: Path, identity: dict) -> None:
+        self.identity, self.fingerprint = identity, fingerprint(identity)
+        self.root, self.folder = root, root / self.fingerprint
+        self._lock = _lock_of(self.folder)
+
+    def lock(self) -> None:
+        """Keep other trainers of this very run out until the process ends, and clear away what a killed one left.
+
+        Raises:
+            InputError: another process trains it already.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        owner = self.folder / "owner.json"
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            who = read_json(owner) if owner.exists() else {"pid": "?", "host": "?"}
+            raise InputError(
+                f"another process trains this very run already (pid {who['pid']} on {who['host']}, state in "
+                f"{self.folder}); wait until it ends, or stop it: kill {who['pid']}"
+            ) from None
+        write_json(owner, {"pid": os.getpid(), "host": socket.gethostname()})
+        for partial in self.folder.rglob("*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def unlock(self) -> None:
+        """Let others train this run."""
+        self._lock.release()
+
+    def newest(self, num_steps: int) -> Path | None:
+        """The run's last state that isn't beyond `num_steps`."""
+        found = [path for path in _states_in(self.folder) if _step_of(path) <= num_steps]
+        return found[-1] if found else None
+
+    def nearest_other(self) -> str | None:
+        """What the latest state of another run lacks to be this run's; None where there is no other state."""
+        others = [states[-1] for folder in self._other_runs() if (states := _states_in(folder))]
+        if not others:
+            return None
+        path = max(others, key=lambda state: state.stat().st_mtime)
+        found = differences(read_state(path)["identity"], self.identity)
+        return f"{path} isn't used, because it differs: {describe(found)}"
+
+    def save(
+        self, step: int, unet: UNet2DConditionModel, ema: EMAModel | None, optimizer: Optimizer, facts: dict
+    ) -> Path:
+        """Write the state after `step` steps, then delete older ones and the checkpoints that none refers to."""
+        target = self.folder / f"step-{step:08}"
+        if target.exists():  # resumed here, and nothing has changed since
+            return target
+        tensors, scalars = _flat(optimizer.state_dict()["state"])
+        with new_folder(target) as folder:
+            save_file({name: t.contiguous() for name, t in unet.state_dict().items()}, folder / "unet.safetensors")
+            if ema is not None:
+                names = [name for name, _ in unet.named_parameters()]
+                save_file(dict(zip(names, ema.shadow_params, strict=True)), folder / "ema.safetensors")
+            save_file(tensors, folder / "optimizer.safetensors")
+            head = {"format_version": _FORMAT_VERSION, "step": step, "identity": self.identity}
+            write_json(folder / "state.json", {**head, "optimizer_scalars": scalars, **facts})
+            _flush_to_disk(folder)
+        for older in [state for state in _states_in(self.folder) if _step_of(state) < step]:
+            shutil.rmtree(older)
+        kept = {best["step"] for state in _states_in(self.folder) for best in read_state(state)["best"]}
+        for checkpoint in (self.folder / "checkpoints").glob("step-*"):
+            if _step_of(checkpoint) not in kept:
+                shutil.rmtree(checkpoint)
+        return target
+
+    def checkpoint(self, step: int) -> Path:
+        """Where a checkpoint of this run is kept."""
+        return self.folder / "checkpoints" / f"step-{step:08}"
+
+    def clear(self) -> None:
+        """Delete this run's states and checkpoints."""
+        for folder in (*_states_in(self.folder), self.folder / "checkpoints"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def prune(self, num_runs: int, spare: Path | None) -> None:
+        """Keep the states of this run and of the `num_runs` - 1 others saved last.
+
+        Leaves runs that train now, and the run in the folder `spare`.
+        """
+        others = [folder for folder in self._other_runs() if spare is None or folder.resolve() != spare.resolve()]
+        others.sort(key=_saved_at, reverse=True)
+        for folder in others[num_runs - 1 :]:
+            lock = _lock_of(folder)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            shutil.rmtree(folder)
+            lock.release()
+
+    def _other_runs(self) -> list[Path]:
+        return [path for path in self.root.iterdir() if path.is_dir() and path != self.folder]
+
+
+def read_state(folder: Path) -> dict:
+    """The facts of a saved state."""
+    facts = read_json(folder / "state.json")
+    if facts["format_version"] != _FORMAT_VERSION:
+        raise InputError(
+            f"{folder}: format_version {facts['format_version']}, this code reads {_FORMAT_VERSION}; "
+            "delete the folder, or use the sdtrain that wrote it"
+        )
+    return facts
+
+
+def load_state(folder: Path, unet: UNet2DConditionModel, ema: EMAModel | None, optimizer: Optimizer | None) -> None:
+    """Take weights, average and moments over from a saved state; None leaves that part as it is.
+
+    Raises:
+        InputError: the state's UNet has another structure.
+    """
+    _load_weights(folder, unet, load_file(folder / "unet.safetensors"))
+    facts = read_state(folder)
+    if ema is not None and (folder / "ema.safetensors").exists():
+        average = load_file(folder / "ema.safetensors")
+        _set_average(ema, [average[name] for name, _ in unet.named_parameters()], facts["ema_step"])
+    if optimizer is not None:
+        state: dict[int, dict] = {int(index): dict(values) for index, values in facts["optimizer_scalars"].items()}
+        for name, tensor in load_file(folder / "optimizer.safetensors").items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run branches from: `train.resume` as a path."""
+
+    folder: Path
+    step: int
+    identity: dict
+    reset: tuple[str, ...]
+    is_checkpoint: bool
+
+    def facts(self) -> dict:
+        """What names the origin in the branch's own identity."""
+        kind = "checkpoint" if self.is_checkpoint else "state"
+        return {"kind": kind, "run": fingerprint(self.identity), "step": self.step, "reset": list(self.reset)}
+
+    def check(self, identity: dict) -> str:
+        """Refuse differences that `train.resume_reset` must name; describe the others, which the branch is for.
+
+        Raises:
+            InputError: learning rate, schedule or optimizer differ, and aren't reset.
+        """
+        found = differences(self.identity, {**identity, "origin": self.identity.get("origin")})
+        for name in _RESETS:
+            changed = {key: values for key, values in found.items() if key in _RESETS[name]}
+            if changed and name not in self.reset:
+                raise InputError(
+                    f"train.resume = '{self.folder}': {describe(changed)}; add {name} to train.resume_reset, "
+                    "or set it back"
+                )
+        return describe(found) or "nothing"
+
+    def load(self, unet: UNet2DConditionModel, ema: EMAModel | None, optimizer: Optimizer) -> int:
+        """Take over what isn't reset; the updates that lie behind."""
+        if not self.is_checkpoint:
+            load_state(self.folder, unet, ema, None if "optimizer" in self.reset else optimizer)
+            return read_state(self.folder)["num_updates"]
+        _load_weights(self.folder, unet, load_unet(self.folder / "unet").state_dict())
+        average = self.folder / "unet_ema"
+        if ema is not None:
+            source = load_unet(average) if average.exists() else unet
+            num_updates = read_json(self.folder / "training_config.json")["ema_step"] if average.exists() else 0
+            _set_average(ema, [p.detach() for p in source.parameters()], num_updates)
+        return self.step
+
+
+_RESETS = {
+    "lr": {"train.lr", "train.lr_scaling", "train.lr_reference_batch_size"},
+    "scheduler": {
+        "num_steps", "train.lr_scheduler", "train.lr_num_cycles", "train.lr_power", "train.lr_step_rules",
+        "train.lr_warmup_steps",
+    },
+    "optimizer": {
+        "train.optimizer", "train.weight_decay", "train.adam_beta1", "train.adam_beta2", "train.adam_epsilon",
+    },
+}  # fmt: skip
+"""What each reset starts afresh, as keys of the identity."""
+
+
+def find_origin(resume: str, reset: list[str], out: Path, num_steps: int) -> Origin | None:
+    """What `train.resume` names: None for `auto` and `never`, else a state, a run's newest state, or a checkpoint.
+
+    Raises:
+        InputError: nothing of the kind is there, or nothing would be left to do.
+    """
+    if resume in ("auto", "never"):
+        return None
+    folder, name = Path(resume), f"train.resume = {resume!r}"
+    if folder.absolute().is_relative_to(out.absolute()):
+        raise InputError(
+            f"{name}: lies in {out}, which DVC deletes before this stage runs; copy it elsewhere "
+            f"(cp -r {resume} outputs/) and name the copy, or name a saved state"
+        )
+    if not folder.is_dir():
+        raise InputError(f"{name}: no such folder; give a saved state, a checkpoint, or auto")
+    if is_checkpoint(folder):
+        config = read_json(folder / "training_config.json")
+        if "optimizer" not in reset:
+            raise InputError(
+                f"{name}: is a checkpoint, which keeps no optimizer state; add optimizer to train.resume_reset, "
+                "or name a saved state"
+            )
+        origin = Origin(folder, config["step"], config["identity"], tuple(sorted(reset)), is_checkpoint=True)
+    else:
+        states = [folder] if (folder / "state.json").exists() else _states_in(folder)
+        if not states:
+            raise InputError(f"{name}: holds neither a saved state nor a checkpoint")
+        facts = read_state(states[-1])
+        origin = Origin(states[-1], facts["step"], facts["identity"], tuple(sorted(reset)), is_checkpoint=False)
+    if origin.step >= num_steps:
+        raise InputError(f"{name}: is at step {origin.step}, and the run ends at {num_steps}; raise train.max_steps")
+    return origin
+
+
+def _load_weights(folder: Path, unet: UNet2DConditionModel, weights: dict[str, torch.Tensor]) -> None:
+    try:
+        unet.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{folder}: its UNet has another structure than the base's: {error}") from None
+
+
+def _set_average(ema: EMAModel, parameters: list[torch.Tensor], num_updates: int) -> None:
+    for ours, theirs in zip(ema.shadow_params, parameters, strict=True):
+        ours.copy_(theirs)
+    ema.optimization_step = num_updates
+
+
+def _flat(state: dict[int, dict]) -> tuple[dict[str, torch.Tensor], dict[int, dict]]:
+    """An optimizer's state as named tensors, and what isn't a tensor."""
+    items = [(index, key, value) for index, values in state.items() for key, value in values.items()]
+    tensors = {f"{i}.{key}": value.contiguous() for i, key, value in items if isinstance(value, torch.Tensor)}
+    scalars: dict[int, dict] = {}
+    for index, key, value in items:
+        if not isinstance(value, torch.Tensor):
+            scalars.setdefault(index, {})[key] = value
+    return tensors, scalars
+
+
+def _states_in(folder: Path) -> list[Path]:
+    """Whole states, oldest first."""
+    return sorted(path.parent for path in folder.glob("step-*/state.json") if path.parent.suffix != ".partial")
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _saved_at(folder: Path) -> float:
+    return max((state.stat().st_mtime for state in _states_in(folder)), default=0.0)
+
+
+def _lock_of(folder: Path) -> FileLock:
+    return FileLock(folder.with_name(folder.name + ".lock"))
+
+
+def _flush_to_disk(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

@@ -1,0 +1,30 @@
+"""Several processes, on one machine or more, for a stage that can use them."""
+
+import os
+import sys
+
+
+def launch(module: str) -> None:
+    """Start this stage anew under torchrun where `NPROC` or `NNODES` ask for more than one process.
+
+    `NPROC` is the number of processes of this machine. Of several machines, `NNODES`, each runs the same
+    command with its own `NODE_RANK`, and with the first one's `MASTER_ADDR` and `MASTER_PORT`.
+    """
+    numbers = {name: os.environ.get(name, "1") for name in ("NPROC", "NNODES")}
+    for name, text in numbers.items():
+        if not text.isdigit() or int(text) < 1:
+            sys.exit(f"error: {name} = {text!r}: must be a whole number of 1 or more")
+    num_processes, num_nodes = (int(text) for text in numbers.values())
+    if num_processes * num_nodes == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"]
+    if num_nodes == 1:
+        command.append("--standalone")
+    else:
+        missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            sys.exit(f"error: NNODES = {num_nodes}: set {', '.join(missing)} too; README.md shows how")
+        command += [f"--nnodes={num_nodes}", f"--node-rank={os.environ['NODE_RANK']}"]
+        command += [f"--master-addr={os.environ['MASTER_ADDR']}", f"--master-port={os.environ['MASTER_PORT']}"]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    os.execv(sys.executable, [*command, "-m", module])

@@ -1,0 +1,302 @@
+"""A run that was stopped and taken up again is the run that was never stopped, to the bit."""
+
+import json
+import os
+import re
+import shutil
+import signal
+
+import pytest
+
+from sdtrain import train as train_module
+from sdtrain.errors import InputError
+from sdtrain.resume import StateStore, read_state
+
+STEPS = {"max_steps": 6, "save_every_n_steps": 2, "log_every_n_steps": 4}
+OPEN = {**STEPS, "lr_scheduler": "constant"}
+
+
+def stopped_after(monkeypatch, steps: int, number: int = signal.SIGTERM):
+    """Send this process a signal in the middle of the step that makes it `steps`."""
+    original = train_module.diffusion_losses
+    made = []
+
+    def losses(s, batch):
+        made.append(batch)
+        if len(made) == steps * s.num_micro_batches:
+            os.kill(os.getpid(), number)
+        return original(s, batch)
+
+    monkeypatch.setattr(train_module, "diffusion_losses", losses)
+
+
+def killed_in(monkeypatch, name: str, call: int):
+    """Raise in the middle of the `call`-th call of a function that the loop calls, as SIGKILL would end it."""
+    original, calls = getattr(train_module, name), []
+
+    def function(*arguments, **keywords):
+        calls.append(name)
+        if len(calls) == call:
+            raise MemoryError("killed")
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(train_module, name, function)
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def state_of(out) -> dict[str, bytes]:
+    """The last saved state, measured times and the run's name left out."""
+    (folder,) = (out / "resume").glob("*/step-*")
+    files = files_of(folder)
+    facts = json.loads(files.pop("state.json"))
+    del facts["log"]["speed_rows"], facts["run_name"]
+    return {**files, "facts": json.dumps(facts).encode()}
+
+
+def assert_same(out, reference) -> None:
+    assert files_of(out / "checkpoints") == files_of(reference / "checkpoints")
+    for name in ("train.json", "train.csv", "validation.csv"):
+        assert (out / name).read_bytes() == (reference / name).read_bytes(), name
+    assert state_of(out) == state_of(reference)
+
+
+@pytest.fixture(scope="module")
+def whole(workspace, tmp_path_factory):
+    """The folder of a run that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    workspace.train(out, train=STEPS)
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("steps", [1, 3, 4, 6])
+def test_a_signal_ends_the_step_saves_and_exits(workspace, whole, tmp_path, monkeypatch, capfd, steps, number):
+    with monkeypatch.context() as patch:
+        stopped_after(patch, steps, number)
+        with pytest.raises(SystemExit) as stopped:
+            workspace.train(tmp_path, train=STEPS)
+    assert stopped.value.code == 128 + number
+    assert f"stopped by {number.name} after step {steps} of 6" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "resume").glob("*/step-*")] == [f"step-{steps:08}"]
+    assert not (tmp_path / "checkpoints").exists()
+    workspace.train(tmp_path, train=STEPS)
+    assert f"goes on from step {steps} of 6" in capfd.readouterr().out
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("optimizer_step", 2),  # before anything was saved
+        ("optimizer_step", 4),
+        ("validate", 2),
+        ("save", 2),
+        ("save_checkpoint", 2),
+        ("write_checkpoints", 1),
+        ("write_json", 1),
+    ],
+)
+def test_a_kill_anywhere_loses_nothing_but_time(workspace, whole, tmp_path, monkeypatch, function, call):
+    with monkeypatch.context() as patch:
+        killed_in(patch, function, call)
+        with pytest.raises(MemoryError):
+            workspace.train(tmp_path, train=STEPS)
+    workspace.release_locks()
+    workspace.train(tmp_path, train=STEPS)
+    assert_same(tmp_path, whole)
+
+
+def test_a_kill_within_a_save_leaves_the_state_before_it(workspace, whole, tmp_path, monkeypatch):
+    from sdtrain import resume
+
+    with monkeypatch.context() as patch:
+        original, calls = resume.save_file, []
+
+        def save_file(tensors, path):
+            calls.append(path)
+            original(tensors, path)
+            if len(calls) == 5:  # the second state's second file
+                os.truncate(path, 100)
+                raise KeyboardInterrupt
+
+        patch.setattr(resume, "save_file", save_file)
+        patch.setattr("sdtrain.files.shutil.rmtree", lambda *_, **__: None)  # a killed process tidies nothing
+        with pytest.raises(KeyboardInterrupt):
+            workspace.train(tmp_path, train=STEPS)
+    assert list((tmp_path / "resume").glob("*/step-00000004.partial"))
+    workspace.release_locks()
+    workspace.train(tmp_path, train=STEPS)
+    assert_same(tmp_path, whole)
+
+
+def test_a_finished_run_is_written_again_without_training(workspace, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole / "resume", tmp_path / "resume")
+    monkeypatch.setattr(train_module, "optimizer_step", lambda *_: pytest.fail("it trains again"))
+    workspace.train(tmp_path, train=STEPS)
+    assert_same(tmp_path, whole)
+
+
+def test_never_starts_over(workspace, whole, tmp_path, capfd):
+    shutil.copytree(whole / "resume", tmp_path / "resume")
+    workspace.train(tmp_path, train={**STEPS, "resume": "never"})
+    out = capfd.readouterr().out
+    assert "goes on from" not in out
+    assert "step 0: held-out loss" in out
+
+
+@pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup"])
+def test_a_longer_run_goes_on_from_the_shorter_one(workspace, tmp_path, schedule):
+    """Though the shorter one validated and logged at its own end, which the longer one doesn't."""
+    steps = {**STEPS, "lr_scheduler": schedule, "lr_warmup_steps": 2 if "warmup" in schedule else 0}
+    workspace.train(tmp_path / "longer", train={**steps, "max_steps": 5})
+    workspace.train(tmp_path / "longer", train={**steps, "max_steps": 8})
+    workspace.train(tmp_path / "whole", train={**steps, "max_steps": 8})
+    config = json.loads((tmp_path / "longer" / "checkpoints" / "last" / "training_config.json").read_text())
+    assert config["step"] == 8
+    assert_same(tmp_path / "longer", tmp_path / "whole")
+
+
+def test_a_schedule_that_depends_on_its_length_says_so(workspace, whole, tmp_path, capfd):
+    shutil.copytree(whole / "resume", tmp_path / "resume")
+    workspace.train(tmp_path, train={**STEPS, "max_steps": 7})
+    assert "num_steps 6 there, 7 here, on which every step's learning rate depends" in capfd.readouterr().out
+
+
+def test_a_state_of_other_params_says_what_differs(workspace, whole, tmp_path, capfd):
+    shutil.copytree(whole / "resume", tmp_path / "resume")
+    workspace.train(tmp_path, train={**STEPS, "snr_gamma": 5.0}, validation={"max_samples": 3})
+    out = capfd.readouterr().out
+    assert "isn't used, because it differs: train.snr_gamma None there, 5.0 here; validation.max_samples 4" in out
+
+
+def test_params_that_change_no_weight_keep_the_state(workspace, whole, tmp_path, capfd):
+    shutil.copytree(whole / "resume", tmp_path / "resume")
+    workspace.train(
+        tmp_path,
+        train={**STEPS, "micro_batch_size": 4, "num_saved_runs": 9, "save_every_n_steps": 3, "trackers": []},
+        validation={"guidance_scale": 2.0},
+    )
+    assert "goes on from step 6 of 6" in capfd.readouterr().out
+
+
+def test_a_second_trainer_of_the_same_run_is_refused(workspace, whole, tmp_path):
+    shutil.copytree(whole / "resume", tmp_path / "resume")
+    (folder,) = (path for path in (tmp_path / "resume").iterdir() if path.is_dir())
+    (state,) = folder.glob("step-*")
+    store = StateStore(tmp_path / "resume", read_state(state)["identity"])
+    assert store.folder == folder
+    store.lock()
+    with pytest.raises(InputError, match=rf"another process trains this very run already \(pid {os.getpid()} on"):
+        workspace.train(tmp_path, train=STEPS)
+    store.unlock()
+    workspace.train(tmp_path, train=STEPS)
+
+
+def test_old_runs_are_pruned_and_running_ones_are_left(workspace, tmp_path):
+    stores = []
+    for number in range(4):
+        store = StateStore(tmp_path, {"number": number})
+        state = store.folder / "step-00000001"
+        state.mkdir(parents=True)
+        (state / "state.json").write_text("{}")
+        os.utime(state, (number, number))
+        stores.append(store)
+    stores[0].lock()
+    mine = StateStore(tmp_path, {"number": "mine"})
+    mine.lock()
+    mine.prune(2, spare=None)
+    assert [store.folder.exists() for store in stores] == [True, False, False, True]
+    mine.prune(1, spare=stores[3].folder)
+    assert [store.folder.exists() for store in stores] == [True, False, False, True]
+
+
+def newest(out):
+    return sorted((out / "resume").glob("*/step-*"))[-1]
+
+
+def branch(workspace, whole, out, source=None, **changes):
+    return workspace.train(out, train={**STEPS, "max_steps": 8, "resume": str(source or newest(whole)), **changes})
+
+
+def test_a_branch_with_a_reset_schedule_records_it(workspace, whole, tmp_path, capfd):
+    run = branch(workspace, whole, tmp_path, resume_reset=["scheduler", "lr"], lr=1.0e-3, log_every_n_steps=1)
+    assert "branches from step 6 of" in capfd.readouterr().out
+    config = json.loads((run.checkpoints / "last" / "training_config.json").read_text())
+    assert config["resumed_from"]["step"] == 6
+    assert config["resumed_from"]["reset"] == ["lr", "scheduler"]
+    assert "train.lr 0.002 there, 0.001 here" in config["resumed_from"]["differences"]
+    assert run.train_curve.step.tolist() == [7, 8]
+    assert run.train_curve.lr.tolist() == pytest.approx([1.0e-3, 0.5e-3]), "a cosine over the two steps left"
+
+
+def test_a_branch_without_changes_goes_on_exactly(workspace, tmp_path):
+    """From a state of its own past, under another seed of nothing: only the origin's name differs."""
+    workspace.train(tmp_path / "a", train={**OPEN, "max_steps": 4})
+    branched = workspace.train(tmp_path / "b", train={**OPEN, "resume": str(newest(tmp_path / "a"))})
+    whole = workspace.train(tmp_path / "c", train=OPEN)
+    name = "last/unet_ema/diffusion_pytorch_model.safetensors"
+    assert (branched.checkpoints / name).read_bytes() == (whole.checkpoints / name).read_bytes()
+
+
+def test_a_stopped_branch_is_resumed_as_a_branch(workspace, whole, tmp_path, monkeypatch):
+    reset = {"resume_reset": ["lr", "optimizer", "scheduler"], "lr": 1.0e-3}
+    branch(workspace, whole, tmp_path / "whole", **reset)
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 1)
+        with pytest.raises(SystemExit):
+            branch(workspace, whole, tmp_path / "stopped", **reset)
+    branch(workspace, whole, tmp_path / "stopped", **reset)
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_branch_from_a_checkpoint_starts_at_its_weights(workspace, whole, tmp_path):
+    source = tmp_path / "copied"
+    shutil.copytree(whole / "checkpoints" / "last", source)
+    with pytest.raises(InputError, match="is a checkpoint, which keeps no optimizer state; add optimizer to"):
+        branch(workspace, whole, tmp_path / "x", source, resume_reset=["scheduler"])
+    run = branch(workspace, whole, tmp_path / "y", source, resume_reset=["scheduler", "optimizer"], log_every_n_steps=1)
+    assert run.validation_curve.step.tolist() == [0, 6, 8]
+    before = json.loads((whole / "train.json").read_text())
+    last = json.loads((source / "training_config.json").read_text())
+    assert run.validation_curve.loss_ema[1] == pytest.approx(last["validation_loss"], rel=1e-6)
+    assert run.validation_curve.loss_raw[0] == before["base_validation_loss"]
+    assert json.loads((run.checkpoints / "last" / "training_config.json").read_text())["ema_step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"lr": 1.0e-3}, "train.lr 0.002 there, 0.001 here; add lr to train.resume_reset"),
+        ({}, "num_steps 6 there, 8 here.*add scheduler to train.resume_reset"),
+        ({"adam_beta2": 0.9}, "train.adam_beta2 0.99 there, 0.9 here; add optimizer to train.resume_reset"),
+        ({"max_steps": 6}, "is at step 6, and the run ends at 6; raise train.max_steps"),
+    ],
+)
+def test_a_branch_that_misfits_is_refused(workspace, whole, tmp_path, changes, says):
+    reset = ["scheduler"] if changes else []
+    with pytest.raises(InputError, match=says):
+        branch(workspace, whole, tmp_path, resume_reset=reset, **changes)
+
+
+def test_what_cannot_be_branched_from_is_explained(workspace, whole, tmp_path):
+    with pytest.raises(InputError, match="no such folder; give a saved state, a checkpoint, or auto"):
+        branch(workspace, whole, tmp_path, tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds neither a saved state nor a checkpoint"):
+        branch(workspace, whole, tmp_path, tmp_path / "empty")
+    with pytest.raises(InputError, match="which DVC deletes before this stage runs; copy it elsewhere"):
+        branch(workspace, whole, tmp_path, tmp_path / "checkpoints" / "last")
+
+
+def test_a_non_finite_loss_leaves_the_last_good_state(workspace, tmp_path):
+    rates = {"lr": 1.0e30, "lr_scheduler": "piecewise_constant", "lr_step_rules": "1e-34:3,1"}
+    explosive = {**STEPS, **rates, "max_grad_norm": None, "max_steps": 40, "log_every_n_steps": 2}
+    with pytest.raises(InputError, match=r"between steps \d+ and \d+; the last good state is") as caught:
+        workspace.train(tmp_path, train=explosive)
+    folder = re.search(r"state is (\S+):", str(caught.value))[1]
+    assert newest(tmp_path).samefile(folder)
+    assert read_state(newest(tmp_path))["step"] == 2
+    assert "between steps 3 and 4;" in str(caught.value)
