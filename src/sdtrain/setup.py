@@ -83,11 +83,20 @@ def build_accelerator(params: TrainParams) -> Accelerator:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
     torch.use_deterministic_algorithms(params.deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing reads such memory
-    accelerator = Accelerator(mixed_precision="no" if params.precision == "fp32" else params.precision)
-    if "NPROC" in os.environ:
-        expected = int(os.environ["NPROC"]) * int(os.environ.get("NNODES", 1))
+    environment = os.environ
+    if "ACCELERATE_MIXED_PRECISION" in environment and "WORLD_SIZE" not in environment:
+        raise InputError(
+            "`accelerate launch` doesn't tell how many processes it was asked for, and on CPUs it starts one whatever "
+            "that was; start the run as `NPROC=… python -m stages.train`, or with torchrun"
+        )
+    accelerator = Accelerator(
+        mixed_precision="no" if params.precision == "fp32" else params.precision,
+        cpu=not torch.accelerator.is_available(),  # Accelerate joins processes on CPUs only where it is told so
+    )
+    if "NPROC" in environment:
+        expected = int(environment["NPROC"]) * int(environment.get("NNODES", 1))
     else:
-        expected = int(os.environ.get("WORLD_SIZE", 1))
+        expected = int(environment.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:
         raise InputError(
             f"the environment asks for {expected} processes (NPROC × NNODES, or WORLD_SIZE), this run has "
