@@ -97,16 +97,29 @@ def check_vae(vae: AutoencoderKL, shards: LatentShards, latents: Path) -> float:
     return psnr
 
 
-def check_base_loss(loss: float, from_scratch: bool) -> None:
-    """The base UNet predicts held-out noise better than no prediction does, unless it has never been trained.
+def check_base_loss(losses: dict[str, float], prediction_type: str, from_scratch: bool) -> None:
+    """The base UNet predicts held-out noise, unless it has never been trained.
+
+    Args:
+        losses: held-out loss with the UNet's output read as each prediction type.
+        prediction_type: what the base's scheduler says that the UNet predicts.
 
     Raises:
-        InputError: its loss is 1 or more, that of predicting zero.
+        InputError: the loss is 1 or more, that of predicting zero; or less than half of it if the output is
+            read as something else than the scheduler says.
     """
-    if not from_scratch and not loss < 1:
+    if from_scratch:
+        return
+    loss, other = losses[prediction_type], min(losses, key=losses.__getitem__)
+    if losses[other] < loss / 2:
         raise InputError(
-            f"the base's held-out loss is {loss:.3f}, a trained UNet's lies below 1 (predicting nothing gives 1): its "
-            "scheduler_config.json may name the wrong prediction_type, or its VAE isn't the UNet's own"
+            f"the base's held-out loss is {loss:.3f} as its scheduler_config.json says, with prediction_type "
+            f"{prediction_type!r}, but {losses[other]:.3f} with {other!r}, which it must predict; mend the file"
+        )
+    if not loss < 1:
+        raise InputError(
+            f"the base's held-out loss is {loss:.3f}, a trained UNet's lies below 1 (predicting nothing gives 1); its "
+            "VAE may not be the UNet's own, or the UNet isn't trained"
         )
 
 

@@ -1,4 +1,4 @@
-"""`sdtrain generate`: pictures from an exported model or straight from a checkpoint."""
+"""The command line beside DVC: `sdtrain plan`, `sdtrain overfit` and `sdtrain generate`."""
 
 import argparse
 import os
@@ -29,10 +29,30 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--guidance-scale", type=float, default=7.5, help="classifier-free guidance (%(default)s)")
     command.add_argument("--batch-size", type=_positive, default=4, help="pictures drawn at once (%(default)s)")
     command.add_argument("--out", type=Path, required=True, help="folder for the PNG files")
+    command.set_defaults(run=_generate)
+
+    command = commands.add_parser("plan", help="say what a params file will do, without training")
+    _add_places(command)
+    command.add_argument("--time-steps", type=_positive, default=0, help="train this many steps to tell the time")
+    command.set_defaults(run=_plan)
+
+    command = commands.add_parser("overfit", help="see whether one batch can be learned, where a run learns nothing")
+    _add_places(command)
+    command.add_argument("--steps", type=_positive, default=300, help="optimizer steps (%(default)s)")
+    command.add_argument("--rows", type=_positive, default=4, help="pictures in the batch (%(default)s)")
+    command.set_defaults(run=_overfit)
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises torchvision, which nothing here needs
     try:
-        _generate(parser.parse_args(arguments))
+        options.run(options)
     except InputError as error:
         sys.exit(f"error: {error}")
+
+
+def _add_places(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--params", type=Path, default="params.yaml", help="params file (%(default)s)")
+    command.add_argument("--base", type=Path, default="data/base", help="resolved base model (%(default)s)")
+    command.add_argument("--latents", type=Path, default="data/latents", help="latent cache (%(default)s)")
 
 
 def _positive(text: str) -> int:
@@ -44,7 +64,6 @@ def _positive(text: str) -> int:
 def _generate(options: argparse.Namespace) -> None:
     if not options.model.is_dir():
         raise InputError(f"--model {options.model}: no such folder; `dvc repro export` makes data/model")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises torchvision, which nothing here needs
     from sdtrain.checkpoints import checkpoint_scheduler, is_checkpoint, load_checkpoint
     from sdtrain.generation import build_pipeline, generate, load_pipeline
     from sdtrain.models import pick_device
@@ -76,3 +95,24 @@ def _generate(options: argparse.Namespace) -> None:
         path = options.out / f"{number:03}-seed{seed}.png"
         image.save(path)
         print(f"{path}: {prompt}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from sdtrain.params import load_params
+    from sdtrain.plan import plan_run
+
+    params = load_params(options.params)
+    base = options.base
+    if not base.exists() and params.base.source == "local":
+        base = Path(params.base.path)
+    resume = Path(os.environ.get("DVC_ROOT", ".")) / ".dvc" / "tmp" / "resume"
+    for line in plan_run(params, base, options.latents, Path("data/checkpoints"), resume, options.time_steps):
+        print(line)
+
+
+def _overfit(options: argparse.Namespace) -> None:
+    from sdtrain.overfit import overfit_batch
+    from sdtrain.params import load_params
+
+    params = load_params(options.params)
+    overfit_batch(params.train, params.seed, options.base, options.latents, options.rows, options.steps)

@@ -4,12 +4,15 @@ import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import get_args
 
 import torch
+from diffusers import DDPMScheduler
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LRScheduler
 
 from sdtrain import checks
+from sdtrain.diffusion import PredictionType
 from sdtrain.heldout import HeldOut
 from sdtrain.identity import git_commit, training_identity
 from sdtrain.manifests import encoders_fingerprint, read_manifest
@@ -122,9 +125,7 @@ def start_run(
         log.last_good = f"the last good state is {saved}"
         accelerator.print(f"goes on from step {first_step} of {num_steps}: {saved}")
     else:
-        base_losses = accelerator.reduce(held_out.losses(s.unet, s.base_scheduler, part_of(s)), "sum").mean(0).tolist()
-        from_scratch = any("unet_config" in source for source in read_manifest(base, "base")["sources"])
-        checks.check_base_loss(sum(base_losses) / len(base_losses), from_scratch)
+        base_losses = _check_base(s, held_out, base)
         kinds = ("raw", "ema") if s.ema else ("raw",)
         log.validation(0, held_out.timesteps.tolist(), dict.fromkeys(kinds, base_losses), images=[])
         num_updates = _branch(s, origin, branch, log) if origin else 0
@@ -174,6 +175,19 @@ def part_of(s: Setup) -> tuple[int, int]:
 def weights_norm(s: Setup) -> torch.Tensor:
     """L2 norm of all trained weights, a scalar on their device."""
     return get_total_norm([p.detach() for p in s.unet.parameters()])
+
+
+def _check_base(s: Setup, held_out: HeldOut, base: Path) -> list[float]:
+    """The base's held-out loss at each timestep, once it is what a trained UNet's is."""
+    losses = {}
+    for prediction_type in get_args(PredictionType):
+        scheduler = DDPMScheduler.from_config(s.base_scheduler.config, prediction_type=prediction_type)
+        part = held_out.losses(s.unet, scheduler, part_of(s))
+        losses[prediction_type] = s.accelerator.reduce(part, "sum").mean(dim=0).tolist()
+    means = {name: sum(values) / len(values) for name, values in losses.items()}
+    from_scratch = any("unet_config" in source for source in read_manifest(base, "base")["sources"])
+    checks.check_base_loss(means, s.base_scheduler.config.prediction_type, from_scratch)
+    return losses[s.base_scheduler.config.prediction_type]
 
 
 def _branch(s: Setup, origin: Origin, branch: dict, log: RunLog) -> int:

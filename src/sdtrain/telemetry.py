@@ -9,6 +9,7 @@ import math
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ _COLUMNS = (
     "timestep", "timestep_squared", "latent", "latent_squared", "noise", "noise_squared",
     "grad_norm", "param_norm",
 )  # fmt: skip
-"""What `step` takes: sums over the step's rows, and two norms."""
+"""What is kept of a step: sums over its rows, and two norms."""
+NUM_SUMS = len(_COLUMNS) - 2
 _SMOOTHING = 0.99
 """Decay, per optimizer step, of the smoothed loss."""
 _MAX_SKIPPED = 25
@@ -39,8 +41,26 @@ _MAX_SKIPPED = 25
 _ADVICE = "lower train.lr, set train.max_grad_norm, or use train.precision: bf16 in place of fp16"
 
 
+@dataclass(frozen=True)
+class StepFacts:
+    """What one optimizer step tells."""
+
+    sums: Tensor
+    """`batch_sums` of the rows that this process took, added up."""
+    grad_norm: Tensor
+    """L2 norm of the gradient over all processes, before clipping; a scalar on the device."""
+    param_norm: Tensor
+    """L2 norm of the weights after the step; a scalar on the device."""
+    lr: float
+    """With which the step was made."""
+    skipped: bool
+    """The loss scaling of fp16 found gradients that aren't finite, and left the weights."""
+    data_wait_s: float
+    """Seconds spent on getting the batch."""
+
+
 def batch_sums(batch: Batch, losses: Tensor, num_train_timesteps: int) -> Tensor:
-    """Sums over one micro-batch, float32 [15]: the loss, by quartile of the timesteps too, and what went in.
+    """Sums over one micro-batch, float32 [NUM_SUMS]: the loss, by quartile of the timesteps too, and what went in.
 
     Args:
         losses: of each row, [B].
@@ -111,40 +131,24 @@ class RunLog:
         self._flushed_step, self._param_norm = step, param_norm
         self._progress.update(step)
 
-    def step(
-        self,
-        sums: Tensor,
-        grad_norm: Tensor,
-        param_norm: Tensor,
-        lr: float,
-        skipped: bool,
-        data_wait_s: float,
-    ) -> None:
+    def step(self, facts: StepFacts) -> None:
         """Note one optimizer step, without reading anything off the device.
-
-        Args:
-            sums: `batch_sums` of the rows that this process took.
-            grad_norm: before clipping; of the gradient over all processes.
-            param_norm: after the step.
-            lr: with which it was made.
-            skipped: the loss scaling of fp16 found gradients that aren't finite, and left the weights.
-            data_wait_s: seconds spent on getting the batch.
 
         Raises:
             InputError: too many steps in a row were skipped.
         """
-        norms = torch.stack([grad_norm, param_norm]) / self._accelerator.num_processes
-        self._unread.append(torch.cat([sums, norms]))
-        self._skipped.append(skipped)
-        self._lr = lr
-        self.num_skipped_steps += skipped
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        norms = torch.stack([facts.grad_norm, facts.param_norm]) / self._accelerator.num_processes
+        self._unread.append(torch.cat([facts.sums, norms]))
+        self._skipped.append(facts.skipped)
+        self._lr = facts.lr
+        self.num_skipped_steps += facts.skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if facts.skipped else 0
         if self._skipped_in_a_row == _MAX_SKIPPED:
             step = self._flushed_step + len(self._skipped)
             raise InputError(
                 f"the gradients aren't finite for {_MAX_SKIPPED} steps up to step {step}; {self.last_good}: {_ADVICE}"
             )
-        self._data_wait_s += data_wait_s
+        self._data_wait_s += facts.data_wait_s
         self._num_timed += 1
         self._progress.update()
 

@@ -15,6 +15,7 @@ from signal import Signals
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from sdtrain import randomness
 from sdtrain.batches import Batch
@@ -27,7 +28,7 @@ from sdtrain.interruption import Interruption
 from sdtrain.params import PrecomputeParams, TrainParams, ValidationParams
 from sdtrain.setup import Setup, attention
 from sdtrain.start import Run, part_of, start_run, weights_norm
-from sdtrain.telemetry import batch_sums
+from sdtrain.telemetry import NUM_SUMS, StepFacts, batch_sums
 
 
 def train_unet(
@@ -68,7 +69,7 @@ def train_unet(
                 validate_and_keep(run, validation, step)
             if step == run.num_steps or has_stalled(run):
                 break
-            optimizer_step(run, step)
+            log.step(optimizer_step(s, run.lr_scheduler, step))
             if (step + 1) % params.log_every_n_steps == 0:
                 log.flush()
             signal = interruption.asked()
@@ -91,14 +92,14 @@ def train_unet(
         run.store.unlock()
 
 
-def optimizer_step(run: Run, step: int) -> None:
+def optimizer_step(s: Setup, lr_scheduler: LRScheduler, step: int) -> StepFacts:
     """Make the step that follows `step` steps: micro-batches, clipping, AdamW, schedule, EMA."""
-    s, accelerator = run.setup, run.setup.accelerator
-    sums, data_wait_s = torch.zeros(15, device=accelerator.device), 0.0
+    accelerator, device = s.accelerator, s.accelerator.device
+    sums, data_wait_s = torch.zeros(NUM_SUMS, device=device), 0.0
     for micro in range(s.num_micro_batches):
         positions = positions_of(s, micro)
         started = time.perf_counter()
-        batch = s.batches.make(step, positions, accelerator.device)
+        batch = s.batches.make(step, positions, device)
         data_wait_s += time.perf_counter() - started
         torch.manual_seed(randomness.integer(s.seed, "dropout", step, positions.start))  # where the UNet has dropout
         with accelerator.no_sync(s.model) if micro < s.num_micro_batches - 1 else nullcontext():
@@ -106,15 +107,15 @@ def optimizer_step(run: Run, step: int) -> None:
             accelerator.backward(losses.mean() / s.num_micro_batches)
         sums += batch_sums(batch, losses.detach(), len(s.alphas_cumprod))
     grad_norm = accelerator.clip_grad_norm_(s.unet.parameters(), s.params.max_grad_norm or float("inf"))
-    lr = run.lr_scheduler.get_last_lr()[0]
+    lr = lr_scheduler.get_last_lr()[0]
     s.optimizer.step()
     skipped = s.optimizer.step_was_skipped  # by fp16's loss scaling, which then tries a smaller scale
     if not skipped:
-        run.lr_scheduler.step()
+        lr_scheduler.step()
         if s.ema is not None:
             s.ema.step(s.unet.parameters())
     s.optimizer.zero_grad(set_to_none=True)
-    run.log.step(sums, grad_norm, weights_norm(s), lr, skipped, data_wait_s)
+    return StepFacts(sums, grad_norm, weights_norm(s), lr, skipped, data_wait_s)
 
 
 def positions_of(s: Setup, micro: int) -> range:

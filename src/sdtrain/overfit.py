@@ -1,0 +1,71 @@
+"""Overfitting one batch: the first thing to try when a run learns nothing.
+
+The same few rows, with the same noise and timesteps, are trained on again and again. A sound set-up
+drives their loss to nearly nothing in a few hundred steps; one that doesn't has a fault that no
+amount of data mends: the learning rate, the prediction type, the scaling, a UNet that isn't trained.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sdtrain.batches import Batch, BatchMaker
+from sdtrain.errors import InputError
+from sdtrain.optimization import build_lr_scheduler
+from sdtrain.params import TrainParams
+from sdtrain.setup import attention, build_accelerator, prepare
+from sdtrain.train import optimizer_step
+
+SHARE = 0.1
+"""Of its first value; the loss has to end below that."""
+
+
+def overfit_batch(params: TrainParams, seed: int, base: Path, latents: Path, num_rows: int, num_steps: int) -> float:
+    """Train on the first `num_rows` rows `num_steps` times at a constant rate; the last loss over the first.
+
+    Prints the loss as it goes, writes nothing.
+
+    Raises:
+        InputError: the loss didn't fall below a tenth of its first value.
+    """
+    params = params.model_copy(
+        update={
+            "batch_size": num_rows,
+            "micro_batch_size": num_rows,
+            "lr": params.scaled_lr,
+            "lr_scaling": "none",
+            "lr_reference_batch_size": None,
+            "lr_scheduler": "constant",
+            "lr_warmup_steps": 0,
+            "use_ema": False,
+        }
+    )
+    setup = prepare(params, seed, base, latents, build_accelerator(params))
+    setup = replace(setup, batches=_OneBatch(setup.batches))
+    lr_scheduler = build_lr_scheduler(setup.optimizer, params, num_steps, num_done=0)
+    losses = []
+    with attention(params.attention_backend, setup.accelerator.device):
+        for step in range(num_steps):
+            losses.append(optimizer_step(setup, lr_scheduler, step).sums[0].item() / num_rows)
+            if step % max(1, num_steps // 10) == 0 or step == num_steps - 1:
+                tqdm.write(f"step {step + 1}: loss {losses[-1]:.5f}")
+    share = losses[-1] / losses[0]
+    if not share < SHARE:
+        raise InputError(
+            f"one batch of {num_rows} can't be overfitted: its loss went from {losses[0]:.4f} to {losses[-1]:.4f} in "
+            f"{num_steps} steps; try another train.lr (it is {params.lr:g}), then look at train.prediction_type"
+        )
+    print(f"one batch of {num_rows} is learned: its loss fell to {share:.1%} of its first value")
+    return share
+
+
+class _OneBatch:
+    """A BatchMaker's first batch, at every step."""
+
+    def __init__(self, batches: BatchMaker) -> None:
+        self._batches = batches
+
+    def make(self, step: int, positions: range, device: torch.device) -> Batch:
+        return self._batches.make(0, positions, device)

@@ -1,0 +1,67 @@
+"""Golden losses: ten full-precision steps on the CPU, which a refactoring must reproduce.
+
+`python -m tests.integration.test_golden` writes them anew, after a change that is meant to move them;
+CHANGELOG.md then says why.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, shrunk_tree
+
+GOLDEN = ROOT / "tests" / "golden" / "losses.json"
+STEPS = {"max_steps": 10, "lr_warmup_steps": 2, "log_every_n_steps": 1, "lr": 2.0e-3, "caption_dropout": 0.1}
+RUNS = {
+    "epsilon": STEPS,
+    "everything": {
+        **STEPS,
+        "prediction_type": "v_prediction",
+        "snr_gamma": 5.0,
+        "zero_terminal_snr": True,
+        "noise_offset": 0.1,
+        "input_perturbation": 0.1,
+        "timestep_sampling": "stratified",
+        "ema_schedule": "power_function",
+        "ema_decay": None,
+        "ema_sigma_rel": 0.1,
+        "micro_batch_size": 4,
+        "lr_scheduler": "polynomial",
+        "lr_scaling": "sqrt",
+        "lr_reference_batch_size": 2,
+    },
+}
+COLUMNS = ("loss", "grad_norm", "param_norm_clip", "lr")
+VALIDATION = {"every_n_steps": 10, "num_timesteps": 2, "max_samples": 4}
+
+
+def numbers_of(run) -> dict[str, list[float]]:
+    validation = run.validation_curve
+    return {
+        **{name: run.train_curve[name].tolist() for name in COLUMNS},
+        "validation": [*validation.loss_raw.tolist(), *validation.loss_ema.tolist()],
+    }
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_ten_steps_give_the_golden_losses(workspace, tmp_path, name):
+    """On another CPU the sums round otherwise; 1e-5 still tells any change of the arithmetic."""
+    numbers = numbers_of(workspace.train(tmp_path, train=RUNS[name], validation=VALIDATION))
+    golden = json.loads(GOLDEN.read_text())[name]
+    for column in golden:
+        assert numbers[column] == pytest.approx(golden[column], rel=1e-5), column
+
+
+if __name__ == "__main__":
+    from sdtrain.params import check_params
+    from tests.integration.conftest import Workspace
+
+    with tempfile.TemporaryDirectory() as folder:
+        place = Workspace(Path(folder), lambda **changes: check_params(shrunk_tree(**changes)), ROOT)
+        found = {
+            name: numbers_of(place.train(Path(folder) / name, train=train, validation=VALIDATION))
+            for name, train in RUNS.items()
+        }
+    GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
