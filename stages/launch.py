@@ -26,5 +26,6 @@ def launch(module: str) -> None:
             sys.exit(f"error: NNODES = {num_nodes}: set {', '.join(missing)} too; README.md shows how")
         command += [f"--nnodes={num_nodes}", f"--node-rank={os.environ['NODE_RANK']}"]
         command += [f"--master-addr={os.environ['MASTER_ADDR']}", f"--master-port={os.environ['MASTER_PORT']}"]
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in, after a signal
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     os.execv(sys.executable, [*command, "-m", module])

@@ -56,7 +56,10 @@ class BatchMaker:
     def make(self, step: int, positions: range, device: torch.device) -> Batch:
         """Rows `positions` of the effective batch of `step`, counted from 0."""
         rows = [self._row(step, position) for position in positions]
-        return Batch(*(torch.stack(column).to(device) for column in zip(*rows, strict=True)))
+        columns = (torch.stack(column) for column in zip(*rows, strict=True))
+        if device.type == "cuda":  # from pinned memory, a copy doesn't wait for what the GPU has yet to do
+            return Batch(*(column.pin_memory().to(device, non_blocking=True) for column in columns))
+        return Batch(*(column.to(device) for column in columns))
 
     def _row(self, step: int, position: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         place = (self.seed, step, position)

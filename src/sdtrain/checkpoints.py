@@ -19,7 +19,7 @@ _FOLDERS = {"raw": "unet", "ema": "unet_ema"}
 
 def save_checkpoint(folder: Path, unet: UNet2DConditionModel, ema: EMAModel | None, config: dict) -> None:
     """Write one checkpoint, whole or not at all; leaves the UNet's weights as they are."""
-    with new_folder(folder) as partial:
+    with new_folder(folder, durable=True) as partial:
         unet.save_pretrained(partial / _FOLDERS["raw"])
         if ema is not None:
             with averaged(unet, ema):

@@ -123,14 +123,17 @@ def check_base_loss(losses: dict[str, float], prediction_type: str, from_scratch
         )
 
 
-def check_disk(costs: Costs, num_best: int, resume: Path, out: Path) -> None:
+def check_disk(costs: Costs, num_best: int, resume: Path, out: Path, saved_bytes: int) -> None:
     """Saved states and checkpoints will fit on the disk.
+
+    Args:
+        saved_bytes: what this run takes in `resume` already.
 
     Raises:
         InputError: gives what is needed and what is free.
     """
     needs = {
-        resume: 2 * costs.state_bytes + (num_best + 1) * costs.checkpoint_bytes,  # the new before the old goes
+        resume: 2 * costs.state_bytes + (num_best + 1) * costs.checkpoint_bytes - saved_bytes,  # new before old goes
         out: (num_best + 1) * costs.checkpoint_bytes,
     }
     by_disk: dict[int, int] = {}
@@ -142,7 +145,7 @@ def check_disk(costs: Costs, num_best: int, resume: Path, out: Path) -> None:
         if by_disk[device] > free:
             raise InputError(
                 f"{place} has {free / 2**30:.1f} GiB free, saved states and checkpoints need "
-                f"{by_disk[device] / 2**30:.1f} GiB; free some, or lower train.num_best_checkpoints"
+                f"{by_disk[device] / 2**30:.1f} GiB; free some"
             )
 
 

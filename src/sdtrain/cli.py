@@ -114,5 +114,7 @@ def _overfit(options: argparse.Namespace) -> None:
     from sdtrain.overfit import overfit_batch
     from sdtrain.params import load_params
 
+    if os.environ.get("NPROC", "1") != "1":
+        raise InputError(f"overfit works in one process, the environment says NPROC = {os.environ['NPROC']}; unset it")
     params = load_params(options.params)
     overfit_batch(params.train, params.seed, options.base, options.latents, options.rows, options.steps)

@@ -33,7 +33,9 @@ def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path)
             for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
                 part.half()
         pipeline.save_pretrained(folder, safe_serialization=True)
-        facts = {name: value for name, value in config.items() if name != "git"}  # the model is the same at any commit
+        facts = {
+            name: value for name, value in config.items() if name != "git_commit"
+        }  # the model is the same at any commit
         write_json(folder / "training_config.json", {**facts, "export": params.model_dump()})
         write_text(folder / "README.md", _model_card(params, config, read_json(base / "manifest.json")))
         loaded = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).unet.eval()
@@ -72,7 +74,7 @@ pipeline_tag: text-to-image
 
 The UNet was trained for {config["step"]} of {config["num_steps"]} steps on {num_train} pictures, effective
 batch {train["batch_size"]}, learning rate {train["lr"]:g} ({train["lr_scheduler"]}), {train["prediction_type"]}
-prediction, seed {seed}; held-out loss {config["validation_loss"]:.5f}. These are its {params.weights}
+prediction, seed {seed}; held-out loss {config["validation_loss"][params.weights]:.5f}. These are its {params.weights}
 weights. `training_config.json` holds every setting.
 
 Base:

@@ -11,14 +11,20 @@ from typing import Any
 
 from sdtrain.errors import InputError
 
+PARTIAL = ".partial"
+"""Suffix of what is being written or deleted."""
+
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, durable: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `out` that takes its place once the body has ended well.
 
     A body that raises leaves neither a new `out` nor the half-written folder behind.
+
+    Args:
+        durable: flush it to the disk first, so that it is whole even after a power cut.
     """
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(out.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -26,15 +32,36 @@ def new_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    if durable:
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
     if out.exists():
         shutil.rmtree(out)
     partial.rename(out)
+    if durable:
+        _flush(out.parent)
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder that is whole for others until it is gone."""
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    folder.rename(partial)
+    shutil.rmtree(partial)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write to a temporary name and rename, so that a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 

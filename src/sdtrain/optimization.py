@@ -31,7 +31,9 @@ def build_optimizer(unet: torch.nn.Module, params: TrainParams, device: torch.de
         "weight_decay": params.weight_decay,
     }
     if params.optimizer == "adamw":
-        return torch.optim.AdamW(unet.parameters(), **settings, fused=device.type in _FUSED)
+        # Under fp16's loss scaling the fused kernel skips a step without telling, and the schedule must know.
+        fused = device.type in _FUSED and params.precision != "fp16"
+        return torch.optim.AdamW(unet.parameters(), **settings, fused=fused)
     if device.type != "cuda":
         raise InputError(
             f"train.optimizer = 'adamw_8bit': needs a CUDA GPU, this run is on the {device.type}; use 'adamw'"
@@ -63,18 +65,21 @@ def build_lr_scheduler(optimizer: Optimizer, params: TrainParams, num_steps: int
 
 
 def count_steps(params: TrainParams, num_train: int) -> int:
-    """Optimizer steps of the whole run.
+    """Optimizer steps of the whole run."""
+    return params.max_steps or math.ceil(params.max_epochs * num_train / params.batch_size)
+
+
+def check_warmup(params: TrainParams, num_steps: int) -> None:
+    """The warm-up ends before the schedule's `num_steps` do.
 
     Raises:
-        InputError: the warm-up is no shorter than that.
+        InputError: it doesn't.
     """
-    num_steps = params.max_steps or math.ceil(params.max_epochs * num_train / params.batch_size)
     if params.lr_warmup_steps >= num_steps:
         raise InputError(
-            f"train.lr_warmup_steps = {params.lr_warmup_steps}: must be below the run's {num_steps} steps "
-            f"({params.max_epochs} epochs of {num_train} pictures)"
+            f"train.lr_warmup_steps = {params.lr_warmup_steps}: must be below the {num_steps} steps that the "
+            "learning rate's schedule spans"
         )
-    return num_steps
 
 
 def count_micro_batches(params: TrainParams, num_processes: int) -> int:

@@ -15,7 +15,7 @@ from sdtrain.batches import Batch, BatchMaker
 from sdtrain.errors import InputError
 from sdtrain.optimization import build_lr_scheduler
 from sdtrain.params import TrainParams
-from sdtrain.setup import attention, build_accelerator, prepare
+from sdtrain.setup import build_accelerator, prepare
 from sdtrain.train import optimizer_step
 
 SHARE = 0.1
@@ -46,11 +46,10 @@ def overfit_batch(params: TrainParams, seed: int, base: Path, latents: Path, num
     setup = replace(setup, batches=_OneBatch(setup.batches))
     lr_scheduler = build_lr_scheduler(setup.optimizer, params, num_steps, num_done=0)
     losses = []
-    with attention(params.attention_backend, setup.accelerator.device):
-        for step in range(num_steps):
-            losses.append(optimizer_step(setup, lr_scheduler, step).sums[0].item() / num_rows)
-            if step % max(1, num_steps // 10) == 0 or step == num_steps - 1:
-                tqdm.write(f"step {step + 1}: loss {losses[-1]:.5f}")
+    for step in range(num_steps):
+        losses.append(optimizer_step(setup, lr_scheduler, step).sums[0].item() / num_rows)
+        if step % max(1, num_steps // 10) == 0 or step == num_steps - 1:
+            tqdm.write(f"step {step + 1}: loss {losses[-1]:.5f}")
     share = losses[-1] / losses[0]
     if not share < SHARE:
         raise InputError(

@@ -15,10 +15,10 @@ from sdtrain.errors import InputError
 from sdtrain.files import read_json
 from sdtrain.identity import training_identity
 from sdtrain.models import pick_device
-from sdtrain.optimization import build_lr_scheduler, count_micro_batches, count_steps
+from sdtrain.optimization import build_lr_scheduler, check_warmup, count_micro_batches, count_steps
 from sdtrain.params import Params
 from sdtrain.resume import StateStore, find_origin
-from sdtrain.setup import attention, build_accelerator, prepare
+from sdtrain.setup import build_accelerator, prepare
 from sdtrain.train import optimizer_step
 
 
@@ -35,7 +35,10 @@ def plan_run(params: Params, base: Path, latents: Path, out: Path, resume: Path,
     train, device = params.train, pick_device()
     num_train, num_held_out, origin = _count_pictures(params, latents)
     num_steps = count_steps(train, num_train)
-    num_processes = int(os.environ.get("NPROC", 1)) * int(os.environ.get("NNODES", 1))
+    check_warmup(train, num_steps)
+    num_processes = _count_processes()
+    if num_timed_steps and num_processes > 1:
+        raise InputError(f"--time-steps: times one process, the environment asks for {num_processes}; unset NPROC")
     num_micro_batches = count_micro_batches(train, num_processes)
     costs = _costs(params, base, latents)
     disk_bytes = 2 * costs.state_bytes + 2 * (train.num_best_checkpoints + 1) * costs.checkpoint_bytes
@@ -70,6 +73,13 @@ def plan_run(params: Params, base: Path, latents: Path, out: Path, resume: Path,
             f"({num_timed_steps} timed); validation and saving come on top"
         )
     return [f"{name:16} {text}" for name, text in lines.items()]
+
+
+def _count_processes() -> int:
+    numbers = [os.environ.get(name, "1") for name in ("NPROC", "NNODES")]
+    if not all(number.isdigit() and int(number) > 0 for number in numbers):
+        raise InputError(f"NPROC = {numbers[0]!r}, NNODES = {numbers[1]!r}: must be whole numbers of 1 or more")
+    return int(numbers[0]) * int(numbers[1])
 
 
 def _count_pictures(params: Params, latents: Path) -> tuple[int, int, str]:
@@ -133,13 +143,12 @@ def _time_step(params: Params, base: Path, latents: Path, num_timed_steps: int) 
         raise InputError(f"--time-steps: {latents} isn't there to train on; run `dvc repro precompute`")
     s = prepare(params.train, params.seed, base, latents, build_accelerator(params.train))
     lr_scheduler = build_lr_scheduler(s.optimizer, params.train, num_timed_steps + 1, num_done=0)
-    with attention(params.train.attention_backend, s.accelerator.device):
-        optimizer_step(s, lr_scheduler, 0)
-        _wait_for(s.accelerator.device)
-        started = time.perf_counter()
-        for step in range(num_timed_steps):
-            optimizer_step(s, lr_scheduler, step + 1)
-        _wait_for(s.accelerator.device)
+    optimizer_step(s, lr_scheduler, 0)
+    _wait_for(s.accelerator.device)
+    started = time.perf_counter()
+    for step in range(num_timed_steps):
+        optimizer_step(s, lr_scheduler, step + 1)
+    _wait_for(s.accelerator.device)
     return (time.perf_counter() - started) / num_timed_steps
 
 

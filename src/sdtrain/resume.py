@@ -13,6 +13,7 @@ import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -23,7 +24,7 @@ from torch.optim import Optimizer
 
 from sdtrain.checkpoints import is_checkpoint
 from sdtrain.errors import InputError
-from sdtrain.files import new_folder, read_json, write_json
+from sdtrain.files import PARTIAL, delete_folder, new_folder, read_json, write_json
 from sdtrain.identity import describe, differences, fingerprint
 from sdtrain.models import load_unet
 
@@ -47,7 +48,7 @@ class StateStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         owner = self.folder / "owner.json"
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=2)  # not 0: another run that is starting may look whether this one works
         except Timeout:
             who = read_json(owner) if owner.exists() else {"pid": "?", "host": "?"}
             raise InputError(
@@ -55,7 +56,7 @@ class StateStore:
                 f"{self.folder}); wait until it ends, or stop it: kill {who['pid']}"
             ) from None
         write_json(owner, {"pid": os.getpid(), "host": socket.gethostname()})
-        for partial in self.folder.rglob("*.partial"):
+        for partial in self.folder.rglob(f"*{PARTIAL}"):
             shutil.rmtree(partial, ignore_errors=True)
 
     def unlock(self) -> None:
@@ -67,24 +68,32 @@ class StateStore:
         found = [path for path in _states_in(self.folder) if _step_of(path) <= num_steps]
         return found[-1] if found else None
 
-    def nearest_other(self) -> str | None:
-        """What the latest state of another run lacks to be this run's; None where there is no other state."""
+    def state(self, step: int) -> Path:
+        """Where the state after `step` steps is, or would be."""
+        return self.folder / f"step-{step:08}"
+
+    def why_none(self) -> str | None:
+        """Why no state that lies here is used; None where there is none at all."""
+        if own := _states_in(self.folder):
+            return f"{own[-1]} isn't used: it lies beyond the run's last step"
         others = [states[-1] for folder in self._other_runs() if (states := _states_in(folder))]
-        if not others:
-            return None
-        path = max(others, key=lambda state: state.stat().st_mtime)
-        found = differences(read_state(path)["identity"], self.identity)
-        return f"{path} isn't used, because it differs: {describe(found)}"
+        for path in sorted(others, key=_changed_at, reverse=True):
+            try:
+                found = differences(read_state(path)["identity"], self.identity)
+            except (InputError, OSError):  # of another version, or being deleted: of no interest here
+                continue
+            return f"{path} isn't used, because it differs: {describe(found)}"
+        return None
 
     def save(
         self, step: int, unet: UNet2DConditionModel, ema: EMAModel | None, optimizer: Optimizer, facts: dict
     ) -> Path:
         """Write the state after `step` steps, then delete older ones and the checkpoints that none refers to."""
-        target = self.folder / f"step-{step:08}"
+        target = self.state(step)
         if target.exists():  # resumed here, and nothing has changed since
             return target
         tensors, scalars = _flat(optimizer.state_dict()["state"])
-        with new_folder(target) as folder:
+        with new_folder(target, durable=True) as folder:
             save_file({name: t.contiguous() for name, t in unet.state_dict().items()}, folder / "unet.safetensors")
             if ema is not None:
                 names = [name for name, _ in unet.named_parameters()]
@@ -92,14 +101,18 @@ class StateStore:
             save_file(tensors, folder / "optimizer.safetensors")
             head = {"format_version": _FORMAT_VERSION, "step": step, "identity": self.identity}
             write_json(folder / "state.json", {**head, "optimizer_scalars": scalars, **facts})
-            _flush_to_disk(folder)
         for older in [state for state in _states_in(self.folder) if _step_of(state) < step]:
-            shutil.rmtree(older)
-        kept = {best["step"] for state in _states_in(self.folder) for best in read_state(state)["best"]}
-        for checkpoint in (self.folder / "checkpoints").glob("step-*"):
-            if _step_of(checkpoint) not in kept:
-                shutil.rmtree(checkpoint)
+            delete_folder(older)
+        self.tidy(facts["best"])
         return target
+
+    def tidy(self, best: list[dict]) -> None:
+        """Delete the checkpoints that are neither in `best` nor needed by a state on disk."""
+        lists = [best, *(read_state(state)["best"] for state in _states_in(self.folder))]
+        kept = {entry["step"] for entries in lists for entry in entries}
+        for checkpoint in (self.folder / "checkpoints").glob("step-????????"):
+            if _step_of(checkpoint) not in kept:
+                delete_folder(checkpoint)
 
     def checkpoint(self, step: int) -> Path:
         """Where a checkpoint of this run is kept."""
@@ -108,14 +121,21 @@ class StateStore:
     def clear(self) -> None:
         """Delete this run's states and checkpoints."""
         for folder in (*_states_in(self.folder), self.folder / "checkpoints"):
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                delete_folder(folder)
+
+    def size_bytes(self) -> int:
+        """What this run's states and checkpoints take on the disk."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     def prune(self, num_runs: int, spare: Path | None) -> None:
         """Keep the states of this run and of the `num_runs` - 1 others saved last.
 
-        Leaves runs that train now, and the run in the folder `spare`.
+        Leaves runs that train now, and the run that `spare` lies in.
         """
-        others = [folder for folder in self._other_runs() if spare is None or folder.resolve() != spare.resolve()]
+        for left in self.root.glob(f"*{PARTIAL}"):
+            shutil.rmtree(left, ignore_errors=True)
+        others = [run for run in self._other_runs() if not (spare and spare.resolve().is_relative_to(run.resolve()))]
         others.sort(key=_saved_at, reverse=True)
         for folder in others[num_runs - 1 :]:
             lock = _lock_of(folder)
@@ -123,11 +143,12 @@ class StateStore:
                 lock.acquire(timeout=0)
             except Timeout:
                 continue
-            shutil.rmtree(folder)
+            delete_folder(folder)
             lock.release()
 
     def _other_runs(self) -> list[Path]:
-        return [path for path in self.root.iterdir() if path.is_dir() and path != self.folder]
+        runs = [path for path in self.root.iterdir() if path.is_dir() and path.suffix != PARTIAL]
+        return [path for path in runs if path != self.folder]
 
 
 def read_state(folder: Path) -> dict:
@@ -149,14 +170,14 @@ def load_state(folder: Path, unet: UNet2DConditionModel, ema: EMAModel | None, o
     """
     _load_weights(folder, unet, load_file(folder / "unet.safetensors"))
     facts = read_state(folder)
-    if ema is not None and (folder / "ema.safetensors").exists():
+    if ema is not None and facts["ema_step"] is not None:
         average = load_file(folder / "ema.safetensors")
         _set_average(ema, [average[name] for name, _ in unet.named_parameters()], facts["ema_step"])
+    elif ema is not None:  # a branch of a run that kept none: it starts here
+        _set_average(ema, [p.detach() for p in unet.parameters()], 0)
     if optimizer is not None:
-        state: dict[int, dict] = {int(index): dict(values) for index, values in facts["optimizer_scalars"].items()}
-        for name, tensor in load_file(folder / "optimizer.safetensors").items():
-            index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = tensor
+        state = _nested({**load_file(folder / "optimizer.safetensors"), **facts["optimizer_scalars"]})
+        state = {int(index): values for index, values in state.items()}
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
@@ -229,8 +250,8 @@ def find_origin(resume: str, reset: list[str], out: Path, num_steps: int) -> Ori
     folder, name = Path(resume), f"train.resume = {resume!r}"
     if folder.absolute().is_relative_to(out.absolute()):
         raise InputError(
-            f"{name}: lies in {out}, which DVC deletes before this stage runs; copy it elsewhere "
-            f"(cp -r {resume} outputs/) and name the copy, or name a saved state"
+            f"{name}: lies in {out}, which DVC deletes before this stage runs; `dvc checkout`, copy it elsewhere, and "
+            "name the copy; or name a saved state"
         )
     if not folder.is_dir():
         raise InputError(f"{name}: no such folder; give a saved state, a checkpoint, or auto")
@@ -249,7 +270,7 @@ def find_origin(resume: str, reset: list[str], out: Path, num_steps: int) -> Ori
         facts = read_state(states[-1])
         origin = Origin(states[-1], facts["step"], facts["identity"], tuple(sorted(reset)), is_checkpoint=False)
     if origin.step >= num_steps:
-        raise InputError(f"{name}: is at step {origin.step}, and the run ends at {num_steps}; raise train.max_steps")
+        raise InputError(f"{name}: is at step {origin.step}, and the run ends at {num_steps}; train longer")
     return origin
 
 
@@ -266,36 +287,53 @@ def _set_average(ema: EMAModel, parameters: list[torch.Tensor], num_updates: int
     ema.optimization_step = num_updates
 
 
-def _flat(state: dict[int, dict]) -> tuple[dict[str, torch.Tensor], dict[int, dict]]:
-    """An optimizer's state as named tensors, and what isn't a tensor."""
-    items = [(index, key, value) for index, values in state.items() for key, value in values.items()]
-    tensors = {f"{i}.{key}": value.contiguous() for i, key, value in items if isinstance(value, torch.Tensor)}
-    scalars: dict[int, dict] = {}
-    for index, key, value in items:
-        if not isinstance(value, torch.Tensor):
-            scalars.setdefault(index, {})[key] = value
+def _flat(state: dict, prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state by path (`3/exp_avg`): tensors, none of which shares memory, and all else."""
+    tensors, scalars = {}, {}
+    for key, value in state.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            deeper = _flat(value, f"{path}/")
+            tensors |= deeper[0]
+            scalars |= deeper[1]
+        elif isinstance(value, torch.Tensor):
+            tensors[path] = value.detach().clone(memory_format=torch.contiguous_format)
+        else:
+            scalars[path] = value
     return tensors, scalars
+
+
+def _nested(flat: dict[str, Any]) -> dict:
+    """The inverse of `_flat`, with all keys as text."""
+    tree: dict = {}
+    for path, value in flat.items():
+        *parents, key = path.split("/")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[key] = value
+    return tree
 
 
 def _states_in(folder: Path) -> list[Path]:
     """Whole states, oldest first."""
-    return sorted(path.parent for path in folder.glob("step-*/state.json") if path.parent.suffix != ".partial")
+    return sorted(path.parent for path in folder.glob("step-*/state.json") if path.parent.suffix != PARTIAL)
 
 
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _saved_at(folder: Path) -> float:
-    return max((state.stat().st_mtime for state in _states_in(folder)), default=0.0)
+def _saved_at(run: Path) -> float:
+    return max((_changed_at(state) for state in _states_in(run)), default=0.0)
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another run has just replaced it
+        return 0.0
 
 
 def _lock_of(folder: Path) -> FileLock:
     return FileLock(folder.with_name(folder.name + ".lock"))
-
-
-def _flush_to_disk(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

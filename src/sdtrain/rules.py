@@ -106,7 +106,7 @@ def _step_rules_are_sound(p: View) -> str | None:
         *pairs, last = rules.split(",")
         steps = [int(pair.split(":")[1]) for pair in pairs]
         factors = [float(pair.split(":")[0]) for pair in pairs] + [float(last)]
-        sound = all(pair.count(":") == 1 for pair in pairs) and min(factors) >= 0 and max(factors) < float("inf")
+        sound = all(pair.count(":") == 1 for pair in pairs) and all(0 <= factor < float("inf") for factor in factors)
     except (ValueError, IndexError):
         sound = False
     if not sound or steps != sorted(set(steps)) or (steps and steps[0] < 1):

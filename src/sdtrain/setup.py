@@ -2,8 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +111,7 @@ def prepare(params: TrainParams, seed: int, base: Path, latents: Path, accelerat
         InputError: cache and base don't belong together, or a param asks for what the device can't do.
     """
     device = accelerator.device
+    _check_attention(params, device)
     shards = LatentShards(latents, "train", encoders_fingerprint(base))
     num_micro_batches = count_micro_batches(params, accelerator.num_processes)
     unet, text_encoder, vae = load_unet(base / "unet"), load_text_encoder(base), load_vae(base)
@@ -169,20 +169,20 @@ def prepare(params: TrainParams, seed: int, base: Path, latents: Path, accelerat
     )
 
 
-@contextmanager
-def attention(backend: str, device: torch.device) -> Iterator[None]:
-    """Within the context PyTorch's attention uses this kernel; `auto` leaves the choice to PyTorch.
+def attention(backend: str) -> AbstractContextManager:
+    """Within the context PyTorch's attention uses this kernel; `auto` leaves the choice to PyTorch."""
+    return nullcontext() if backend == "auto" else sdpa_kernel(_BACKENDS[backend])
 
-    Raises:
-        InputError: the device has no such kernel.
-    """
+
+def _check_attention(params: TrainParams, device: torch.device) -> None:
+    backend = params.attention_backend
     if device.type == "cpu" and backend not in _ON_CPU:
         raise InputError(f"train.attention_backend = {backend!r}: needs a GPU; on a CPU there are {', '.join(_ON_CPU)}")
-    if backend == "auto":
-        yield
-        return
-    with sdpa_kernel(_BACKENDS[backend]):
-        yield
+    if device.type == "cuda" and backend in ("flash", "cudnn") and params.precision == "fp32":
+        raise InputError(
+            f"train.attention_backend = {backend!r}: on a GPU that kernel computes in 16 bit only, and "
+            "train.precision = 'fp32'; use bf16, or another backend"
+        )
 
 
 def _check_compiler() -> None:

@@ -7,21 +7,25 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers import DDPMScheduler
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LRScheduler
 
 from sdtrain import checks
+from sdtrain.checkpoints import is_checkpoint
 from sdtrain.diffusion import PredictionType
+from sdtrain.errors import InputError
 from sdtrain.heldout import HeldOut
 from sdtrain.identity import git_commit, training_identity
 from sdtrain.manifests import encoders_fingerprint, read_manifest
-from sdtrain.optimization import build_lr_scheduler, count_steps
+from sdtrain.optimization import build_lr_scheduler, check_warmup, count_steps
 from sdtrain.params import PrecomputeParams, TrainParams, ValidationParams
 from sdtrain.resume import Origin, StateStore, find_origin, load_state, read_state
 from sdtrain.setup import Setup, build_accelerator, prepare
 from sdtrain.shards import LatentShards
-from sdtrain.telemetry import RunLog, build_trackers
+from sdtrain.telemetry import RunLog, build_trackers, check_trackers
 
 
 @dataclass
@@ -82,6 +86,9 @@ def start_run(
     num_train = sum(shard["num_rows"] for shard in manifest["splits"]["train"])
     num_steps = count_steps(params, num_train)
     origin = find_origin(params.resume, params.resume_reset, out, num_steps)
+    schedule_start = origin.step if origin and "scheduler" in origin.reset else 0
+    check_warmup(params, num_steps - schedule_start)
+    check_trackers(params.trackers)
     identity = training_identity(params, validation, seed, num_steps, base, latents, origin.facts() if origin else None)
     branch = {**origin.facts(), "differences": origin.check(identity)} if origin else None
 
@@ -89,9 +96,6 @@ def start_run(
     store = StateStore(resume, identity)
     if accelerator.is_main_process:
         store.lock()
-        store.prune(params.num_saved_runs, spare=origin.folder.parent if origin else None)
-        if params.resume == "never":
-            store.clear()
     accelerator.wait_for_everyone()
     s = prepare(params, seed, base, latents, accelerator)
     held_out_shards = LatentShards(latents, "validation", encoders_fingerprint(base))
@@ -105,12 +109,16 @@ def start_run(
         batch_size=validation.batch_size,
     )
     checks.check_tokens(manifest, s.text_encoder.config.vocab_size, latents)
-    checks.check_disk(s.costs, params.num_best_checkpoints, resume, out)
     checks.check_memory(s.costs, accelerator.device)
     first_latents = s.batches.make(0, range(min(params.batch_size, 64)), accelerator.device).latents
     std, psnr = checks.check_latents(first_latents), checks.check_vae(s.vae, held_out_shards, latents)
 
-    saved = store.newest(num_steps)
+    if accelerator.is_main_process:
+        store.prune(params.num_saved_runs, spare=origin.folder if origin else None)
+        if params.resume == "never":
+            store.clear()
+        checks.check_disk(s.costs, params.num_best_checkpoints, resume, out, store.size_bytes())
+    saved = _agreed_state(store, num_steps, accelerator)
     state = read_state(saved) if saved else {}
     first_step = state.get("step", origin.step if origin else 0)
     run_name = state.get("run_name") or f"{datetime.now():%Y%m%d-%H%M%S}-{os.environ.get('DVC_EXP_NAME') or 'repro'}"
@@ -129,11 +137,10 @@ def start_run(
         kinds = ("raw", "ema") if s.ema else ("raw",)
         log.validation(0, held_out.timesteps.tolist(), dict.fromkeys(kinds, base_losses), images=[])
         num_updates = _branch(s, origin, branch, log) if origin else 0
-        if other := store.nearest_other():
-            accelerator.print(other)
+        if accelerator.is_main_process and (why := store.why_none()):
+            print(why)
     if not state.get("log"):
         log.start(first_step, weights_norm(s).item())
-    started = origin.step if origin and "scheduler" in origin.reset else 0
     if accelerator.is_main_process:
         base_type, own_type = s.base_scheduler.config.prediction_type, params.prediction_type
         if base_type != own_type:
@@ -148,7 +155,7 @@ def start_run(
     return Run(
         setup=s,
         held_out=held_out,
-        lr_scheduler=build_lr_scheduler(s.optimizer, params, num_steps - started, num_updates),
+        lr_scheduler=build_lr_scheduler(s.optimizer, params, num_steps - schedule_start, num_updates),
         num_steps=num_steps,
         first_step=first_step,
         best=state.get("best", []),
@@ -165,6 +172,22 @@ def start_run(
             "params": record,
         },
     )
+
+
+def _agreed_state(store: StateStore, num_steps: int, accelerator: Accelerator) -> Path | None:
+    """The saved state that the main process found, once every process sees it."""
+    accelerator.wait_for_everyone()
+    found = store.newest(num_steps) if accelerator.is_main_process else None
+    (name,) = broadcast_object_list([found and found.name])
+    path = store.folder / name if name else None
+    if path is None:
+        return None
+    if not (path / "state.json").exists():
+        raise InputError(f"{path}: the main process sees this state, this one doesn't; share the project's folder")
+    for best in read_state(path)["best"]:
+        if not is_checkpoint(store.checkpoint(best["step"])):
+            raise InputError(f"{store.checkpoint(best['step'])} is gone; to start over, delete {store.folder}")
+    return path
 
 
 def part_of(s: Setup) -> tuple[int, int]:

@@ -240,10 +240,10 @@ class RunLog:
         """Whether the held-out loss after `step` steps is known."""
         return any(row["step"] == step for row in self.validation_rows)
 
-    def validation_loss(self, step: int) -> float:
-        """The held-out loss after `step` steps, of the EMA where there is one."""
+    def validation_losses(self, step: int) -> dict[str, float]:
+        """The held-out loss after `step` steps, by kind of weights (`raw`, `ema`)."""
         (row,) = (row for row in self.validation_rows if row["step"] == step)
-        return row.get("loss_ema", row["loss_raw"])
+        return {kind: row[f"loss_{kind}"] for kind in ("raw", "ema") if f"loss_{kind}" in row}
 
     def restart_clock(self) -> None:
         """Leave out of the speed what passed since the interval's first step: a validation, or a save."""
@@ -292,6 +292,7 @@ class RunLog:
                         f"the {what} stopped being finite between steps {step} and {step + 1}; "
                         f"{self.last_good}: {_ADVICE}"
                     )
+        self._read[np.array(self._skipped, dtype=bool)] = 0  # not finite, and counted nowhere
         return self._read
 
     def _log(self, group: str, row: dict, step: int) -> None:
@@ -299,19 +300,23 @@ class RunLog:
         self._accelerator.log(values, step=step)
 
 
-def build_trackers(names: list[str], runs: Path, run_name: str, first_step: int) -> list[GeneralTracker]:
-    """The trackers by name, for one run; a resumed run goes on in its own curves from `first_step`.
+def check_trackers(names: list[str]) -> None:
+    """What the trackers need is installed.
 
     Raises:
-        InputError: Weights & Biases isn't installed.
+        InputError: Weights & Biases isn't.
     """
+    if "wandb" in names and importlib.util.find_spec("wandb") is None:
+        raise InputError("train.trackers: wandb isn't installed; run `pip install '.[wandb]'`, or leave it out")
+
+
+def build_trackers(names: list[str], runs: Path, run_name: str, first_step: int) -> list[GeneralTracker]:
+    """The trackers by name, for one run; a resumed run goes on in its own curves from `first_step`."""
     trackers: list[GeneralTracker] = []
     if "tensorboard" in names:
         purge = {"purge_step": first_step} if first_step else {}
         trackers.append(TensorBoardTracker(run_name, str(runs), **purge))
     if "wandb" in names:
-        if importlib.util.find_spec("wandb") is None:
-            raise InputError("train.trackers: wandb isn't installed; run `pip install '.[wandb]'`, or leave it out")
         runs.mkdir(parents=True, exist_ok=True)
         trackers.append(WandBTracker("sdtrain", name=run_name, id=run_name, resume="allow", dir=str(runs)))
     return trackers

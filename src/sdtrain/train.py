@@ -22,7 +22,7 @@ from sdtrain.batches import Batch
 from sdtrain.checkpoints import save_checkpoint
 from sdtrain.diffusion import add_noise, min_snr_weights, target
 from sdtrain.ema import averaged
-from sdtrain.files import new_folder, write_json
+from sdtrain.files import new_folder, read_json, write_json
 from sdtrain.generation import build_pipeline, generate
 from sdtrain.interruption import Interruption
 from sdtrain.params import PrecomputeParams, TrainParams, ValidationParams
@@ -63,27 +63,25 @@ def train_unet(
     run = start_run(params, validation, precompute, seed, record, base, latents, out, runs, resume)
     s, log = run.setup, run.log
     interruption = Interruption(s.accelerator.num_processes)
-    with interruption.watching(), attention(params.attention_backend, s.accelerator.device):
+    with interruption.watching():
         for step in range(run.first_step, run.num_steps + 1):  # `step` optimizer steps are made
             if step % validation.every_n_steps == 0 and not log.has_validated(step):
                 validate_and_keep(run, validation, step)
+                stop_if_asked(run, interruption, step)
             if step == run.num_steps or has_stalled(run):
                 break
             log.step(optimizer_step(s, run.lr_scheduler, step))
             if (step + 1) % params.log_every_n_steps == 0:
                 log.flush()
-            signal = interruption.asked()
-            if signal or (step + 1) % params.save_every_n_steps == 0:
+            if (step + 1) % params.save_every_n_steps == 0:
                 save(run, step + 1)
-            if signal:
-                stop(run, step + 1, signal)
+            stop_if_asked(run, interruption, step + 1)
         # Saved before the last row and validation, which a longer run may not have at this step.
         save(run, step)
         log.flush()
         if not log.has_validated(step):
             validate_and_keep(run, validation, step)
-        if signal := interruption.asked():
-            stop(run, step, signal)
+        stop_if_asked(run, interruption, step)
     s.accelerator.end_training()
     if s.accelerator.is_main_process:
         write_checkpoints(run, step, out)
@@ -102,8 +100,11 @@ def optimizer_step(s: Setup, lr_scheduler: LRScheduler, step: int) -> StepFacts:
         batch = s.batches.make(step, positions, device)
         data_wait_s += time.perf_counter() - started
         torch.manual_seed(randomness.integer(s.seed, "dropout", step, positions.start))  # where the UNet has dropout
-        with accelerator.no_sync(s.model) if micro < s.num_micro_batches - 1 else nullcontext():
-            losses = diffusion_losses(s, batch)
+        with torch.no_grad():
+            encoder_hidden_states = s.text_encoder(batch.input_ids).last_hidden_state
+        synced = nullcontext() if micro == s.num_micro_batches - 1 else accelerator.no_sync(s.model)
+        with synced, attention(s.params.attention_backend):
+            losses = diffusion_losses(s, batch, encoder_hidden_states)
             accelerator.backward(losses.mean() / s.num_micro_batches)
         sums += batch_sums(batch, losses.detach(), len(s.alphas_cumprod))
     grad_norm = accelerator.clip_grad_norm_(s.unet.parameters(), s.params.max_grad_norm or float("inf"))
@@ -125,11 +126,13 @@ def positions_of(s: Setup, micro: int) -> range:
     return range(first, first + s.params.micro_batch_size)
 
 
-def diffusion_losses(s: Setup, batch: Batch) -> Tensor:
-    """Each row's (weighted) squared error of the UNet's prediction, float32 [B] (Ho et al. 2020, eq. 14)."""
+def diffusion_losses(s: Setup, batch: Batch, encoder_hidden_states: Tensor) -> Tensor:
+    """Each row's (weighted) squared error of the UNet's prediction, float32 [B] (Ho et al. 2020, eq. 14).
+
+    Args:
+        encoder_hidden_states: of the captions, [B, L, D].
+    """
     prediction_type = s.params.prediction_type
-    with torch.no_grad():
-        encoder_hidden_states = s.text_encoder(batch.input_ids).last_hidden_state
     noisy_latents = add_noise(batch.latents, batch.input_noise, batch.timesteps, s.alphas_cumprod)
     with s.accelerator.autocast():
         model_pred = s.model(noisy_latents, batch.timesteps, encoder_hidden_states).sample
@@ -145,12 +148,13 @@ def validate_and_keep(run: Run, validation: ValidationParams, step: int) -> None
     s = run.setup
     losses, images = validate(run, validation)
     run.log.validation(step, run.held_out.timesteps.tolist(), losses, images)
-    loss = run.log.validation_loss(step)
+    loss = run.log.validation_losses(step)["ema" if s.ema else "raw"]
     if len(run.best) < s.params.num_best_checkpoints or loss < run.best[-1]["loss"]:
         entries = sorted([*run.best, {"step": step, "loss": loss}], key=lambda best: best["loss"])
         run.best = entries[: s.params.num_best_checkpoints]
         if s.accelerator.is_main_process:
             save_checkpoint(run.store.checkpoint(step), s.unet, s.ema, config(run, step))
+            run.store.tidy(run.best)
     s.accelerator.wait_for_everyone()
     run.log.restart_clock()
 
@@ -167,7 +171,7 @@ def validate(run: Run, validation: ValidationParams) -> tuple[dict[str, list[flo
     with averaged(s.unet, s.ema):
         if s.ema is not None:
             found["ema"] = losses()
-        if s.accelerator.is_main_process:
+        if s.accelerator.is_main_process and s.accelerator.trackers:
             s.unet.eval()
             images = generate(
                 build_pipeline(s.base, s.unet, s.scheduler, s.vae, s.text_encoder, s.tokenizer),
@@ -199,14 +203,19 @@ def save(run: Run, step: int) -> None:
     run.log.restart_clock()
 
 
-def stop(run: Run, step: int, signal: int) -> None:
-    """End the process as a signal asked, with the state saved."""
+def stop_if_asked(run: Run, interruption: Interruption, step: int) -> None:
+    """After `step` steps, save and end the process if a signal asked for it."""
+    signal = interruption.asked()
+    if not signal:
+        return
+    save(run, step)
     run.setup.accelerator.end_training()
     run.store.unlock()
     if run.setup.accelerator.is_main_process:
+        again = "with train.resume: auto" if run.setup.params.resume == "never" else "the same command"
         print(
-            f"\nstopped by {Signals(signal).name} after step {step} of {run.num_steps}; the same command goes on from "
-            f"{run.store.folder}",
+            f"\nstopped by {Signals(signal).name} after step {step} of {run.num_steps}; {again} goes on from "
+            f"{run.store.state(step)}",
             file=sys.stderr,
         )
     sys.exit(128 + signal)
@@ -217,7 +226,7 @@ def config(run: Run, step: int) -> dict:
     ema = run.setup.ema
     own = {
         "step": step,
-        "validation_loss": run.log.validation_loss(step),
+        "validation_loss": run.log.validation_losses(step),
         "ema_step": ema.optimization_step if ema else None,
     }
     return {**own, **run.facts}
@@ -227,7 +236,10 @@ def write_checkpoints(run: Run, step: int, out: Path) -> None:
     """The best checkpoints, from where they were kept, and the last."""
     with new_folder(out) as folder:
         for rank, best in enumerate(run.best, start=1):
-            copytree(run.store.checkpoint(best["step"]), folder / ("best" if rank == 1 else f"best-{rank}"))
+            target = folder / ("best" if rank == 1 else f"best-{rank}")
+            copytree(run.store.checkpoint(best["step"]), target)
+            own = read_json(target / "training_config.json")
+            write_json(target / "training_config.json", {**own, **run.facts})  # the run may have been extended since
         save_checkpoint(folder / "last", run.setup.unet, run.setup.ema, config(run, step))
 
 
@@ -237,7 +249,7 @@ def summary(run: Run, step: int) -> dict:
         "num_steps": step,
         "num_skipped_steps": run.log.num_skipped_steps,
         "num_parameters": run.setup.costs.num_parameters,
-        "train_loss": run.log.train_rows[-1]["loss"],
+        "train_loss": run.log.train_rows[-1]["loss"] if run.log.train_rows else None,
         "base_validation_loss": run.log.validation_rows[0]["loss_raw"],
         "best_validation_loss": run.best[0]["loss"],
         "best_step": run.best[0]["step"],

@@ -106,7 +106,9 @@ def test_a_full_disk_is_told_before_training(tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: free._replace(free=5 << 30))
     with pytest.raises(InputError, match=r"has 5.0 GiB free, saved states and checkpoints need 1200.0 GiB"):
-        checks.check_disk(COSTS, 1, tmp_path / "resume", tmp_path / "out")
+        checks.check_disk(COSTS, 1, tmp_path / "resume", tmp_path / "out", 0)
+    with pytest.raises(InputError, match=r"need 1100.0 GiB"):
+        checks.check_disk(COSTS, 1, tmp_path / "resume", tmp_path / "out", 100 << 30)
 
 
 def test_too_little_memory_is_told_before_training(monkeypatch, capsys):

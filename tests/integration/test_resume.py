@@ -1,5 +1,6 @@
 """A run that was stopped and taken up again is the run that was never stopped, to the bit."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,10 +8,12 @@ import shutil
 import signal
 
 import pytest
+import torch
 
 from sdtrain import train as train_module
 from sdtrain.errors import InputError
-from sdtrain.resume import StateStore, read_state
+from sdtrain.optimization import build_optimizer
+from sdtrain.resume import StateStore, _flat, _nested, read_state
 
 STEPS = {"max_steps": 6, "save_every_n_steps": 2, "log_every_n_steps": 4}
 OPEN = {**STEPS, "lr_scheduler": "constant"}
@@ -21,11 +24,11 @@ def stopped_after(monkeypatch, steps: int, number: int = signal.SIGTERM):
     original = train_module.diffusion_losses
     made = []
 
-    def losses(s, batch):
+    def losses(s, batch, *arguments):
         made.append(batch)
         if len(made) == steps * s.num_micro_batches:
             os.kill(os.getpid(), number)
-        return original(s, batch)
+        return original(s, batch, *arguments)
 
     monkeypatch.setattr(train_module, "diffusion_losses", losses)
 
@@ -261,7 +264,7 @@ def test_a_branch_from_a_checkpoint_starts_at_its_weights(workspace, whole, tmp_
     assert run.validation_curve.step.tolist() == [0, 6, 8]
     before = json.loads((whole / "train.json").read_text())
     last = json.loads((source / "training_config.json").read_text())
-    assert run.validation_curve.loss_ema[1] == pytest.approx(last["validation_loss"], rel=1e-6)
+    assert run.validation_curve.loss_ema[1] == pytest.approx(last["validation_loss"]["ema"], rel=1e-6)
     assert run.validation_curve.loss_raw[0] == before["base_validation_loss"]
     assert json.loads((run.checkpoints / "last" / "training_config.json").read_text())["ema_step"] == 8
 
@@ -272,7 +275,7 @@ def test_a_branch_from_a_checkpoint_starts_at_its_weights(workspace, whole, tmp_
         ({"lr": 1.0e-3}, "train.lr 0.002 there, 0.001 here; add lr to train.resume_reset"),
         ({}, "num_steps 6 there, 8 here.*add scheduler to train.resume_reset"),
         ({"adam_beta2": 0.9}, "train.adam_beta2 0.99 there, 0.9 here; add optimizer to train.resume_reset"),
-        ({"max_steps": 6}, "is at step 6, and the run ends at 6; raise train.max_steps"),
+        ({"max_steps": 6}, "is at step 6, and the run ends at 6; train longer"),
     ],
 )
 def test_a_branch_that_misfits_is_refused(workspace, whole, tmp_path, changes, says):
@@ -287,7 +290,7 @@ def test_what_cannot_be_branched_from_is_explained(workspace, whole, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds neither a saved state nor a checkpoint"):
         branch(workspace, whole, tmp_path, tmp_path / "empty")
-    with pytest.raises(InputError, match="which DVC deletes before this stage runs; copy it elsewhere"):
+    with pytest.raises(InputError, match="which DVC deletes before this stage runs; `dvc checkout`, copy"):
         branch(workspace, whole, tmp_path, tmp_path / "checkpoints" / "last")
 
 
@@ -300,3 +303,90 @@ def test_a_non_finite_loss_leaves_the_last_good_state(workspace, tmp_path):
     assert newest(tmp_path).samefile(folder)
     assert read_state(newest(tmp_path))["step"] == 2
     assert "between steps 3 and 4;" in str(caught.value)
+
+
+def test_a_branch_point_inside_another_run_is_not_pruned(workspace, whole, tmp_path):
+    shutil.copytree(whole / "resume", tmp_path / "resume")
+    source = next((tmp_path / "resume").glob("*/checkpoints/step-*"))
+    reset = {"resume_reset": ["optimizer", "scheduler"], "num_saved_runs": 1}
+    branch(workspace, whole, tmp_path, source, **reset)
+    assert source.exists()
+
+
+def test_a_branch_that_adds_an_average_starts_it_at_its_weights(workspace, tmp_path):
+    raw = {"export": {"weights": "raw"}}
+    workspace.train(tmp_path / "a", train={**OPEN, "max_steps": 4, "use_ema": False}, **raw)
+    start = {**OPEN, "resume": str(newest(tmp_path / "a"))}
+    curve = workspace.train(tmp_path / "b", train=start).validation_curve
+    assert curve.step.tolist() == [0, 4, 6]
+    assert curve.loss_ema[1] == curve.loss_raw[1] != curve.loss_raw[0]
+
+
+def test_a_longer_run_rewrites_what_its_best_checkpoints_say_of_it(workspace, tmp_path):
+    steps = {**OPEN, "num_best_checkpoints": 3}
+    workspace.train(tmp_path, train={**steps, "max_steps": 4})
+    longer = workspace.train(tmp_path, train={**steps, "max_steps": 8})
+    configs = [json.loads(path.read_text()) for path in longer.checkpoints.glob("*/training_config.json")]
+    assert {config["num_steps"] for config in configs} == {config["params"]["train"]["max_steps"] for config in configs}
+    assert {config["num_steps"] for config in configs} == {8}
+
+
+def test_a_state_whose_checkpoint_is_gone_is_refused(workspace, whole, tmp_path):
+    shutil.copytree(whole / "resume", tmp_path / "resume")
+    for checkpoint in (tmp_path / "resume").glob("*/checkpoints/step-*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(InputError, match=r"is gone; to start over, delete"):
+        workspace.train(tmp_path, train=STEPS)
+
+
+def test_a_refused_run_has_deleted_nothing(workspace, whole, tmp_path):
+    shutil.copytree(whole / "resume", tmp_path / "resume")
+    before = files_of(tmp_path / "resume")
+    with pytest.raises(InputError, match="needs a GPU"):
+        workspace.train(tmp_path, train={**STEPS, "resume": "never", "attention_backend": "cudnn"})
+    assert {name: data for name, data in files_of(tmp_path / "resume").items() if name in before} == before
+
+
+def test_a_state_beyond_the_end_is_named(workspace, tmp_path, capfd):
+    workspace.train(tmp_path, train={**OPEN, "max_steps": 4})
+    workspace.train(tmp_path, train={**OPEN, "max_steps": 2})
+    assert "step-00000004 isn't used: it lies beyond the run's last step" in capfd.readouterr().out
+
+
+def test_a_warmup_longer_than_what_a_new_schedule_has_left_is_refused(workspace, whole, tmp_path):
+    with pytest.raises(InputError, match="lr_warmup_steps = 2: must be below the 2 steps that the learning rate's"):
+        branch(workspace, whole, tmp_path, resume_reset=["scheduler"], lr_warmup_steps=2)
+
+
+def test_an_optimizer_state_of_any_shape_survives_the_disk():
+    """As 8-bit AdamW's: nested, with numbers, and with one table shared by all parameters."""
+    table = torch.arange(4.0)
+    state = {number: {"step": 3, "quant": {"qmap1": table, "absmax": torch.ones(2)}} for number in (0, 1)}
+    tensors, scalars = _flat(state)
+    again = _nested({**tensors, **json.loads(json.dumps(scalars))})
+    assert again["1"]["step"] == 3
+    assert torch.equal(again["0"]["quant"]["qmap1"], table)
+    assert len({tensor.data_ptr() for tensor in tensors.values()}) == len(tensors)
+
+
+def test_steps_that_fp16_skips_are_counted_and_change_no_curve(workspace, tmp_path, monkeypatch):
+    """No GPU is here: the second step's gradient is made infinite, and the scaler's answer with it."""
+    original = train_module.optimizer_step
+
+    def step(s, lr_scheduler, number):
+        facts = original(s, lr_scheduler, number)
+        if number != 1:
+            return facts
+        return dataclasses.replace(facts, grad_norm=torch.tensor(torch.inf), sums=facts.sums * torch.nan, skipped=True)
+
+    monkeypatch.setattr(train_module, "optimizer_step", step)
+    run = workspace.train(tmp_path, train={**STEPS, "save_every_n_steps": 1, "log_every_n_steps": 3})
+    assert json.loads(run.metrics.read_text())["num_skipped_steps"] == 1
+    assert run.train_curve[["loss", "grad_norm", "timestep_mean"]].notna().all(axis=None)
+
+
+def test_fp16_takes_the_optimizer_that_tells_of_skipped_steps(workspace):
+    layer = torch.nn.Linear(2, 2)
+    all_params = [workspace.make_params(train={"precision": name}).train for name in ("fp32", "bf16", "fp16")]
+    optimizers = [build_optimizer(layer, params, torch.device("cpu")) for params in all_params]
+    assert [optimizer.defaults["fused"] for optimizer in optimizers] == [True, True, False]

@@ -74,7 +74,7 @@ def test_best_is_the_validation_with_the_least_loss(run):
     trained = curve[curve.step > 0]
     best = json.loads((run.checkpoints / "best" / "training_config.json").read_text())
     assert best["step"] == trained.step[trained.loss_ema.idxmin()]
-    assert best["validation_loss"] == pytest.approx(trained.loss_ema.min())
+    assert best["validation_loss"]["ema"] == pytest.approx(trained.loss_ema.min())
     summary = json.loads(run.metrics.read_text())
     assert summary["best_step"] == best["step"]
     assert summary["base_validation_loss"] == pytest.approx(curve.loss_raw[0])
@@ -140,7 +140,7 @@ def test_a_loss_that_explodes_stops_the_run_and_saves_nothing(workspace, tmp_pat
 
 
 def test_warmup_longer_than_the_epochs_is_refused(workspace, tmp_path):
-    with pytest.raises(InputError, match=r"lr_warmup_steps = 9: must be below the run's 7 steps"):
+    with pytest.raises(InputError, match=r"lr_warmup_steps = 9: must be below the 7 steps"):
         workspace.train(tmp_path, train={"max_steps": None, "max_epochs": 1, "lr_warmup_steps": 9})
 
 
