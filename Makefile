@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lint clean
+.PHONY: help setup repro test test-full clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -25,5 +25,9 @@ test: setup  ## Check the style and run the tests
 	ruff check .
 	python -m pytest
 
-clean:  ## Remove .venv and TensorBoard's runs; data and the DVC cache stay
+test-full: setup  ## Everything, the long tests too
+	ruff check .
+	python -m pytest -m ""
+
+clean:  ## Remove .venv and the trackers' runs; data, saved states and the DVC cache stay
 	rm -rf $(VENV) runs

@@ -23,7 +23,7 @@ def launch(module: str) -> None:
     else:
         missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
-            sys.exit(f"error: NNODES = {num_nodes}: set {', '.join(missing)} too; README.md shows how")
+            sys.exit(f"error: NNODES = {num_nodes}: set {', '.join(missing)} too; docs/training.md shows how")
         command += [f"--nnodes={num_nodes}", f"--node-rank={os.environ['NODE_RANK']}"]
         command += [f"--master-addr={os.environ['MASTER_ADDR']}", f"--master-port={os.environ['MASTER_PORT']}"]
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in, after a signal

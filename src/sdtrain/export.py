@@ -11,6 +11,7 @@ from sdtrain.checkpoints import checkpoint_scheduler, load_checkpoint
 from sdtrain.files import new_folder, read_json, write_json, write_text
 from sdtrain.generation import build_pipeline
 from sdtrain.params import ExportParams
+from sdtrain.rules import scaled_lr
 
 _TOLERANCE = {"fp32": 0.0, "fp16": 2e-2}
 """Relative error allowed between the checkpoint's and the exported UNet's output."""
@@ -65,7 +66,9 @@ def _probe(unet: UNet2DConditionModel) -> dict:
 
 def _model_card(params: ExportParams, config: dict, base: dict) -> str:
     origin = "\n".join(f"- {', '.join(s['parts'])}: " + _origin(s) for s in base["sources"])
-    train, seed, num_train = config["params"]["train"], config["params"]["seed"], config["num_train"]
+    train = config["params"]["train"]
+    lr = scaled_lr(train["lr"], train["lr_scaling"], train["batch_size"], train["lr_reference_batch_size"])
+    seed, num_train = config["params"]["seed"], config["num_train"]
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -73,7 +76,7 @@ pipeline_tag: text-to-image
 # Fine-tuned with sdtrain {__version__}
 
 The UNet was trained for {config["step"]} of {config["num_steps"]} steps on {num_train} pictures, effective
-batch {train["batch_size"]}, learning rate {train["lr"]:g} ({train["lr_scheduler"]}), {train["prediction_type"]}
+batch {train["batch_size"]}, learning rate {lr:g} ({train["lr_scheduler"]}), {train["prediction_type"]}
 prediction, seed {seed}; held-out loss {config["validation_loss"][params.weights]:.5f}. These are its {params.weights}
 weights. `training_config.json` holds every setting.
 

@@ -29,7 +29,7 @@ class Interruption:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Note the signals within the context instead of ending the process; one alone doesn't stop a save."""
+        """Note the signals within the context instead of ending the process, however many come."""
         before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         try:
             yield

@@ -92,6 +92,7 @@ def count_micro_batches(params: TrainParams, num_processes: int) -> int:
     if params.batch_size % per_pass:
         raise InputError(
             f"train.batch_size = {params.batch_size}: can't be split into micro-batches of "
-            f"{params.micro_batch_size} on {num_processes} processes; take a multiple of {per_pass}"
+            f"{params.micro_batch_size} on {num_processes} processes; take a multiple of "
+            f"{per_pass}, or lower train.micro_batch_size"
         )
     return params.batch_size // per_pass

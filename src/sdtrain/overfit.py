@@ -18,7 +18,7 @@ from sdtrain.params import TrainParams
 from sdtrain.setup import build_accelerator, prepare
 from sdtrain.train import optimizer_step
 
-SHARE = 0.1
+_SHARE = 0.1
 """Of its first value; the loss has to end below that."""
 
 
@@ -42,16 +42,16 @@ def overfit_batch(params: TrainParams, seed: int, base: Path, latents: Path, num
             "use_ema": False,
         }
     )
-    setup = prepare(params, seed, base, latents, build_accelerator(params))
-    setup = replace(setup, batches=_OneBatch(setup.batches))
-    lr_scheduler = build_lr_scheduler(setup.optimizer, params, num_steps, num_done=0)
+    s = prepare(params, seed, base, latents, build_accelerator(params))
+    s = replace(s, batches=_OneBatch(s.batches))
+    lr_scheduler = build_lr_scheduler(s.optimizer, params, num_steps, num_done=0)
     losses = []
     for step in range(num_steps):
-        losses.append(optimizer_step(setup, lr_scheduler, step).sums[0].item() / num_rows)
+        losses.append(optimizer_step(s, lr_scheduler, step).sums[0].item() / num_rows)
         if step % max(1, num_steps // 10) == 0 or step == num_steps - 1:
             tqdm.write(f"step {step + 1}: loss {losses[-1]:.5f}")
     share = losses[-1] / losses[0]
-    if not share < SHARE:
+    if not share < _SHARE:
         raise InputError(
             f"one batch of {num_rows} can't be overfitted: its loss went from {losses[0]:.4f} to {losses[-1]:.4f} in "
             f"{num_steps} steps; try another train.lr (it is {params.lr:g}), then look at train.prediction_type"

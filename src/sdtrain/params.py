@@ -115,7 +115,7 @@ class TrainParams(Section):
     precision: Literal["fp32", "bf16", "fp16"]
     """Forward and backward pass; weights, optimizer and EMA stay in fp32."""
     optimizer: Literal["adamw", "adamw_8bit"]
-    """AdamW, fused where the device has it; or bitsandbytes' with 8-bit moments (a CUDA GPU, `pip install .[8bit]`)."""
+    """AdamW, fused where the device has it (but under fp16); or bitsandbytes' with 8-bit moments, on a CUDA GPU."""
     weight_decay: Annotated[float, Field(ge=0)]
     """AdamW's decoupled weight decay."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)]
@@ -132,7 +132,7 @@ class TrainParams(Section):
     ]  # fmt: skip
     """Diffusers' schedule of the learning rate; the second row's fall over the whole run, so they fix its length."""
     lr_num_cycles: PositiveInt
-    """`cosine_with_restarts` only: how often the cosine starts anew."""
+    """`cosine_with_restarts` only: how many cosines follow one another; 1 never restarts."""
     lr_power: Annotated[float, Field(gt=0)]
     """`polynomial` only: its exponent; 1 is linear."""
     lr_step_rules: Text | None
@@ -142,7 +142,7 @@ class TrainParams(Section):
     gradient_checkpointing: bool
     """Recompute activations in the backward pass: less memory, about a third slower."""
     attention_backend: Literal["auto", "flash", "efficient", "cudnn", "math"]
-    """PyTorch's scaled-dot-product attention: the kernel it picks, or this one and no other."""
+    """PyTorch's scaled-dot-product attention in the training passes: the kernel it picks, or this one and no other."""
     compile: bool
     """Compile the UNet with torch.compile; needs a C++ compiler, and minutes at the start."""
     deterministic: bool
@@ -190,7 +190,7 @@ class TrainParams(Section):
     log_every_n_steps: PositiveInt
     """Optimizer steps between rows of the training curve."""
     trackers: list[Literal["tensorboard", "wandb"]]
-    """Where the curves go beside the CSV files; Weights & Biases needs `pip install .[wandb]`."""
+    """Where the curves go beside the CSV files; Weights & Biases needs `pip install '.[wandb]'`."""
 
     @property
     def scaled_lr(self) -> float:
@@ -210,7 +210,7 @@ class ValidationParams(Section):
     batch_size: PositiveInt
     """Noised latents per UNet call. Changes speed and memory only."""
     prompts: list[Text]
-    """Prompts drawn into TensorBoard at each validation after step 0, the same noise each time; may be empty."""
+    """Prompts drawn into the trackers at each validation after step 0, the same noise each time; may be empty."""
     num_inference_steps: PositiveInt
     """DPM-Solver++ steps of these pictures."""
     guidance_scale: Annotated[float, Field(ge=0)]
@@ -221,7 +221,7 @@ class ExportParams(Section):
     """Which weights become the Diffusers model."""
 
     checkpoint: Literal["best", "last"]
-    """`best` by held-out loss, or the `last`."""
+    """`best` by held-out loss (the EMA's where there is one), or the `last`."""
     weights: Literal["ema", "raw"]
     """The moving average, or the weights the optimizer worked on."""
     dtype: Literal["fp32", "fp16"]
@@ -268,7 +268,7 @@ class Params(Section):
     """The whole of params.yaml."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    """Every draw of the pipeline is a function of this, its purpose and its place."""
+    """Every draw of the pipeline is a function of this, its purpose and place; all seeds share the held-out noise."""
     base: BaseParams
     dataset: DatasetParams
     precompute: PrecomputeParams

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdtrain.checks import total_memory_bytes
+from sdtrain.checks import check_cache, total_memory_bytes
 from sdtrain.costs import Costs, count_parameters, training_costs
 from sdtrain.errors import InputError
 from sdtrain.files import read_json
@@ -33,6 +33,8 @@ def plan_run(params: Params, base: Path, latents: Path, out: Path, resume: Path,
         InputError: the base isn't there to be read, the params can't be run, or steps are to be timed without a cache.
     """
     train, device = params.train, pick_device()
+    if (latents / "manifest.json").exists():
+        check_cache(read_json(latents / "manifest.json"), params.precompute, params.seed, latents)
     num_train, num_held_out, origin = _count_pictures(params, latents)
     num_steps = count_steps(train, num_train)
     check_warmup(train, num_steps)
@@ -40,11 +42,12 @@ def plan_run(params: Params, base: Path, latents: Path, out: Path, resume: Path,
     if num_timed_steps and num_processes > 1:
         raise InputError(f"--time-steps: times one process, the environment asks for {num_processes}; unset NPROC")
     num_micro_batches = count_micro_batches(train, num_processes)
-    costs = _costs(params, base, latents)
+    costs = _costs(params, base)
     disk_bytes = 2 * costs.state_bytes + 2 * (train.num_best_checkpoints + 1) * costs.checkpoint_bytes
     free_bytes = shutil.disk_usage(next(p for p in resume.absolute().parents if p.exists())).free
     num_validations = num_steps // params.validation.every_n_steps + bool(num_steps % params.validation.every_n_steps)
     asked = min(num_held_out, params.validation.max_samples) * params.validation.num_timesteps
+    kinds = "raw and EMA" if train.use_ema else "raw"
     lines = {
         "pictures": f"{num_train:,} to train on, {num_held_out:,} held out ({origin})",
         "steps": f"{num_steps:,} of {train.batch_size} pictures, {num_steps * train.batch_size / num_train:.1f} epochs",
@@ -62,7 +65,7 @@ def plan_run(params: Params, base: Path, latents: Path, out: Path, resume: Path,
             f"activations {_gib(costs.activations_bytes)}"
         ),
         "disk": f"about {_gib(disk_bytes)} for saved states and checkpoints, {_gib(free_bytes)} free",
-        "validations": f"{num_validations + 1}, of {asked:,} noised latents each, raw and EMA weights",
+        "validations": f"{num_validations + 1}, of {asked:,} noised latents each, {kinds} weights",
         "resume": _saved_state(params, base, latents, out, resume, num_steps),
         "time": "not measured; --time-steps 5 trains five steps to tell",
     }
@@ -95,7 +98,7 @@ def _count_pictures(params: Params, latents: Path) -> tuple[int, int, str]:
     return train, held_out, "about, as params.yaml says"
 
 
-def _costs(params: Params, base: Path, latents: Path) -> Costs:
+def _costs(params: Params, base: Path) -> Costs:
     configs = {}
     for part in ("unet", "vae", "text_encoder"):
         path = base / part / "config.json"

@@ -22,11 +22,10 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
-from sdtrain.checkpoints import is_checkpoint
+from sdtrain.checkpoints import is_checkpoint, load_checkpoint
 from sdtrain.errors import InputError
 from sdtrain.files import PARTIAL, delete_folder, new_folder, read_json, write_json
 from sdtrain.identity import describe, differences, fingerprint
-from sdtrain.models import load_unet
 
 _FORMAT_VERSION = 1
 
@@ -90,17 +89,17 @@ class StateStore:
     ) -> Path:
         """Write the state after `step` steps, then delete older ones and the checkpoints that none refers to."""
         target = self.state(step)
-        if target.exists():  # resumed here, and nothing has changed since
-            return target
-        tensors, scalars = _flat(optimizer.state_dict()["state"])
-        with new_folder(target, durable=True) as folder:
-            save_file({name: t.contiguous() for name, t in unet.state_dict().items()}, folder / "unet.safetensors")
-            if ema is not None:
-                names = [name for name, _ in unet.named_parameters()]
-                save_file(dict(zip(names, ema.shadow_params, strict=True)), folder / "ema.safetensors")
-            save_file(tensors, folder / "optimizer.safetensors")
-            head = {"format_version": _FORMAT_VERSION, "step": step, "identity": self.identity}
-            write_json(folder / "state.json", {**head, "optimizer_scalars": scalars, **facts})
+        if not target.exists():  # it does where the run was resumed here, or has only validated since
+            tensors, scalars = _flat(optimizer.state_dict()["state"])
+            with new_folder(target, durable=True) as folder:
+                weights = {name: tensor.contiguous() for name, tensor in unet.state_dict().items()}
+                save_file(weights, folder / "unet.safetensors")
+                if ema is not None:
+                    names = [name for name, _ in unet.named_parameters()]
+                    save_file(dict(zip(names, ema.shadow_params, strict=True)), folder / "ema.safetensors")
+                save_file(tensors, folder / "optimizer.safetensors")
+                head = {"format_version": _FORMAT_VERSION, "step": step, "identity": self.identity}
+                write_json(folder / "state.json", {**head, "optimizer_scalars": scalars, **facts})
         for older in [state for state in _states_in(self.folder) if _step_of(state) < step]:
             delete_folder(older)
         self.tidy(facts["best"])
@@ -217,12 +216,12 @@ class Origin:
         if not self.is_checkpoint:
             load_state(self.folder, unet, ema, None if "optimizer" in self.reset else optimizer)
             return read_state(self.folder)["num_updates"]
-        _load_weights(self.folder, unet, load_unet(self.folder / "unet").state_dict())
-        average = self.folder / "unet_ema"
+        raw, config = load_checkpoint(self.folder, "raw")
+        _load_weights(self.folder, unet, raw.state_dict())
         if ema is not None:
-            source = load_unet(average) if average.exists() else unet
-            num_updates = read_json(self.folder / "training_config.json")["ema_step"] if average.exists() else 0
-            _set_average(ema, [p.detach() for p in source.parameters()], num_updates)
+            has_average = config["ema_step"] is not None
+            source = load_checkpoint(self.folder, "ema")[0] if has_average else unet
+            _set_average(ema, [p.detach() for p in source.parameters()], config["ema_step"] or 0)
         return self.step
 
 

@@ -117,7 +117,7 @@ def _terminal_noise_needs_velocity(p: View) -> str | None:
     if p.train.zero_terminal_snr and p.train.prediction_type == "epsilon":
         return (
             "train.zero_terminal_snr = True: with train.prediction_type = 'epsilon' the last timestep is pure noise "
-            "and predicting it teaches nothing (its min-SNR weight is 0/0); use 'v_prediction'"
+            "and predicting it teaches nothing; use 'v_prediction'"
         )
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -19,6 +20,7 @@ from sdtrain.batches import BatchMaker
 from sdtrain.costs import Costs, training_costs
 from sdtrain.ema import build_ema
 from sdtrain.errors import InputError
+from sdtrain.heldout import HeldOut
 from sdtrain.manifests import encoders_fingerprint
 from sdtrain.models import (
     load_scheduler,
@@ -50,7 +52,6 @@ class Setup:
     seed: int
     base: Path
     accelerator: Accelerator
-    shards: LatentShards
     batches: BatchMaker
     num_micro_batches: int
     """Forward passes per process and optimizer step."""
@@ -75,15 +76,15 @@ def build_accelerator(params: TrainParams) -> Accelerator:
     """Devices, processes and precision, once their number is what the environment asked for.
 
     Raises:
-        InputError: fp16 without a GPU, or another number of processes than `NPROC` and `NNODES` say.
+        InputError: fp16 without a GPU; another number of processes than `NPROC` and `NNODES` say, or
+            `accelerate launch` doesn't say it.
     """
     if params.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.precision = 'fp16': needs a CUDA GPU, and there is none; use 'bf16' or 'fp32'")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
     torch.use_deterministic_algorithms(params.deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing reads such memory
-    environment = os.environ
-    if "ACCELERATE_MIXED_PRECISION" in environment and "WORLD_SIZE" not in environment:
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
         raise InputError(
             "`accelerate launch` doesn't tell how many processes it was asked for, and on CPUs it starts one whatever "
             "that was; start the run as `NPROC=… python -m stages.train`, or with torchrun"
@@ -92,10 +93,10 @@ def build_accelerator(params: TrainParams) -> Accelerator:
         mixed_precision="no" if params.precision == "fp32" else params.precision,
         cpu=not torch.accelerator.is_available(),  # Accelerate joins processes on CPUs only where it is told so
     )
-    if "NPROC" in environment:
-        expected = int(environment["NPROC"]) * int(environment.get("NNODES", 1))
+    if "NPROC" in os.environ:
+        expected = int(os.environ["NPROC"]) * int(os.environ.get("NNODES", 1))
     else:
-        expected = int(environment.get("WORLD_SIZE", 1))
+        expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:
         raise InputError(
             f"the environment asks for {expected} processes (NPROC × NNODES, or WORLD_SIZE), this run has "
@@ -135,7 +136,6 @@ def prepare(params: TrainParams, seed: int, base: Path, latents: Path, accelerat
         seed=seed,
         base=base,
         accelerator=accelerator,
-        shards=shards,
         batches=BatchMaker(
             shards,
             params,
@@ -167,6 +167,22 @@ def prepare(params: TrainParams, seed: int, base: Path, latents: Path, accelerat
             frozen_parameters=sum(p.numel() for p in frozen),
         ),
     )
+
+
+def part_of(s: Setup) -> tuple[int, int]:
+    """This process's share of work that is split by rows: (its index, their number)."""
+    return s.accelerator.process_index, s.accelerator.num_processes
+
+
+def weights_norm(s: Setup) -> torch.Tensor:
+    """L2 norm of all trained weights, a scalar on their device."""
+    return get_total_norm([p.detach() for p in s.unet.parameters()])
+
+
+def held_out_losses(s: Setup, held_out: HeldOut, scheduler: DDPMScheduler) -> list[float]:
+    """Mean held-out loss of the UNet at each timestep, computed by all processes together."""
+    part = held_out.losses(s.unet, scheduler, part_of(s))
+    return s.accelerator.reduce(part, "sum").mean(dim=0).tolist()
 
 
 def attention(backend: str) -> AbstractContextManager:

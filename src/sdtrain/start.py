@@ -6,11 +6,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import get_args
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import DDPMScheduler
-from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LRScheduler
 
 from sdtrain import checks
@@ -23,7 +21,7 @@ from sdtrain.manifests import encoders_fingerprint, read_manifest
 from sdtrain.optimization import build_lr_scheduler, check_warmup, count_steps
 from sdtrain.params import PrecomputeParams, TrainParams, ValidationParams
 from sdtrain.resume import Origin, StateStore, find_origin, load_state, read_state
-from sdtrain.setup import Setup, build_accelerator, prepare
+from sdtrain.setup import Setup, build_accelerator, held_out_losses, prepare, weights_norm
 from sdtrain.shards import LatentShards
 from sdtrain.telemetry import RunLog, build_trackers, check_trackers
 
@@ -134,13 +132,12 @@ def start_run(
         accelerator.print(f"goes on from step {first_step} of {num_steps}: {saved}")
     else:
         base_losses = _check_base(s, held_out, base)
-        kinds = ("raw", "ema") if s.ema else ("raw",)
+        kinds = ("raw",) if s.ema is None else ("raw", "ema")
         log.validation(0, held_out.timesteps.tolist(), dict.fromkeys(kinds, base_losses), images=[])
         num_updates = _branch(s, origin, branch, log) if origin else 0
-        if accelerator.is_main_process and (why := store.why_none()):
-            print(why)
-    if not state.get("log"):
         log.start(first_step, weights_norm(s).item())
+        if accelerator.is_main_process and params.resume == "auto" and (why := store.why_none()):
+            print(why)
     if accelerator.is_main_process:
         base_type, own_type = s.base_scheduler.config.prediction_type, params.prediction_type
         if base_type != own_type:
@@ -190,23 +187,12 @@ def _agreed_state(store: StateStore, num_steps: int, accelerator: Accelerator) -
     return path
 
 
-def part_of(s: Setup) -> tuple[int, int]:
-    """This process's share of work that is split by rows: (its index, their number)."""
-    return s.accelerator.process_index, s.accelerator.num_processes
-
-
-def weights_norm(s: Setup) -> torch.Tensor:
-    """L2 norm of all trained weights, a scalar on their device."""
-    return get_total_norm([p.detach() for p in s.unet.parameters()])
-
-
 def _check_base(s: Setup, held_out: HeldOut, base: Path) -> list[float]:
     """The base's held-out loss at each timestep, once it is what a trained UNet's is."""
     losses = {}
     for prediction_type in get_args(PredictionType):
         scheduler = DDPMScheduler.from_config(s.base_scheduler.config, prediction_type=prediction_type)
-        part = held_out.losses(s.unet, scheduler, part_of(s))
-        losses[prediction_type] = s.accelerator.reduce(part, "sum").mean(dim=0).tolist()
+        losses[prediction_type] = held_out_losses(s, held_out, scheduler)
     means = {name: sum(values) / len(values) for name, values in losses.items()}
     from_scratch = any("unet_config" in source for source in read_manifest(base, "base")["sources"])
     checks.check_base_loss(means, s.base_scheduler.config.prediction_type, from_scratch)

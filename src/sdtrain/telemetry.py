@@ -137,6 +137,7 @@ class RunLog:
         Raises:
             InputError: too many steps in a row were skipped.
         """
+        # The same in every process; reading sums over them.
         norms = torch.stack([facts.grad_norm, facts.param_norm]) / self._accelerator.num_processes
         self._unread.append(torch.cat([facts.sums, norms]))
         self._skipped.append(facts.skipped)
@@ -208,8 +209,8 @@ class RunLog:
                 "peak_memory_gib": _peak_memory_gib(),
             }
             self.speed_rows.append(speed)
-            images_per_s = f"{speed['samples_per_sec']:.1f}"
-            self._progress.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=images_per_s)
+            per_sec = f"{speed['samples_per_sec']:.1f}"
+            self._progress.set_postfix(loss=f"{row['loss']:.4f}", samples_per_sec=per_sec)
             row = {**row, **speed}
         self._log("train", row, step)
 

@@ -26,8 +26,8 @@ from sdtrain.files import new_folder, read_json, write_json
 from sdtrain.generation import build_pipeline, generate
 from sdtrain.interruption import Interruption
 from sdtrain.params import PrecomputeParams, TrainParams, ValidationParams
-from sdtrain.setup import Setup, attention
-from sdtrain.start import Run, part_of, start_run, weights_norm
+from sdtrain.setup import Setup, attention, held_out_losses, part_of, weights_norm
+from sdtrain.start import Run, start_run
 from sdtrain.telemetry import NUM_SUMS, StepFacts, batch_sums
 
 
@@ -64,7 +64,7 @@ def train_unet(
     s, log = run.setup, run.log
     interruption = Interruption(s.accelerator.num_processes)
     with interruption.watching():
-        for step in range(run.first_step, run.num_steps + 1):  # `step` optimizer steps are made
+        for step in range(run.first_step, run.num_steps + 1):  # `step`: optimizer steps made so far
             if step % validation.every_n_steps == 0 and not log.has_validated(step):
                 validate_and_keep(run, validation, step)
                 stop_if_asked(run, interruption, step)
@@ -76,7 +76,7 @@ def train_unet(
             if (step + 1) % params.save_every_n_steps == 0:
                 save(run, step + 1)
             stop_if_asked(run, interruption, step + 1)
-        # Saved before the last row and validation, which a longer run may not have at this step.
+        # Saved first: a longer run that goes on from here has neither this row nor, perhaps, this validation.
         save(run, step)
         log.flush()
         if not log.has_validated(step):
@@ -148,12 +148,12 @@ def validate_and_keep(run: Run, validation: ValidationParams, step: int) -> None
     s = run.setup
     losses, images = validate(run, validation)
     run.log.validation(step, run.held_out.timesteps.tolist(), losses, images)
-    loss = run.log.validation_losses(step)["ema" if s.ema else "raw"]
+    loss = run.log.validation_losses(step)["raw" if s.ema is None else "ema"]
     if len(run.best) < s.params.num_best_checkpoints or loss < run.best[-1]["loss"]:
         entries = sorted([*run.best, {"step": step, "loss": loss}], key=lambda best: best["loss"])
         run.best = entries[: s.params.num_best_checkpoints]
         if s.accelerator.is_main_process:
-            save_checkpoint(run.store.checkpoint(step), s.unet, s.ema, config(run, step))
+            save_checkpoint(run.store.checkpoint(step), s.unet, s.ema, training_config(run, step))
             run.store.tidy(run.best)
     s.accelerator.wait_for_everyone()
     run.log.restart_clock()
@@ -162,15 +162,10 @@ def validate_and_keep(run: Run, validation: ValidationParams, step: int) -> None
 def validate(run: Run, validation: ValidationParams) -> tuple[dict[str, list[float]], list[Image.Image]]:
     """Held-out loss at each timestep of the `raw` weights and, where kept, the `ema`; pictures of the latter."""
     s, images = run.setup, []
-
-    def losses() -> list[float]:
-        part = run.held_out.losses(s.unet, s.scheduler, part_of(s))
-        return s.accelerator.reduce(part, "sum").mean(dim=0).tolist()
-
-    found = {"raw": losses()}
+    losses = {"raw": held_out_losses(s, run.held_out, s.scheduler)}
     with averaged(s.unet, s.ema):
         if s.ema is not None:
-            found["ema"] = losses()
+            losses["ema"] = held_out_losses(s, run.held_out, s.scheduler)
         if s.accelerator.is_main_process and s.accelerator.trackers:
             s.unet.eval()
             images = generate(
@@ -182,7 +177,7 @@ def validate(run: Run, validation: ValidationParams) -> tuple[dict[str, list[flo
                 guidance_scale=validation.guidance_scale,
             )
             s.unet.train()
-    return found, images
+    return losses, images
 
 
 def has_stalled(run: Run) -> bool:
@@ -210,8 +205,8 @@ def stop_if_asked(run: Run, interruption: Interruption, step: int) -> None:
         return
     save(run, step)
     run.setup.accelerator.end_training()
-    run.store.unlock()
     if run.setup.accelerator.is_main_process:
+        run.store.unlock()
         again = "with train.resume: auto" if run.setup.params.resume == "never" else "the same command"
         print(
             f"\nstopped by {Signals(signal).name} after step {step} of {run.num_steps}; {again} goes on from "
@@ -221,7 +216,7 @@ def stop_if_asked(run: Run, interruption: Interruption, step: int) -> None:
     sys.exit(128 + signal)
 
 
-def config(run: Run, step: int) -> dict:
+def training_config(run: Run, step: int) -> dict:
     """training_config.json of the checkpoint after `step` steps."""
     ema = run.setup.ema
     own = {
@@ -236,11 +231,11 @@ def write_checkpoints(run: Run, step: int, out: Path) -> None:
     """The best checkpoints, from where they were kept, and the last."""
     with new_folder(out) as folder:
         for rank, best in enumerate(run.best, start=1):
-            target = folder / ("best" if rank == 1 else f"best-{rank}")
-            copytree(run.store.checkpoint(best["step"]), target)
-            own = read_json(target / "training_config.json")
-            write_json(target / "training_config.json", {**own, **run.facts})  # the run may have been extended since
-        save_checkpoint(folder / "last", run.setup.unet, run.setup.ema, config(run, step))
+            place = folder / ("best" if rank == 1 else f"best-{rank}")
+            copytree(run.store.checkpoint(best["step"]), place)
+            own = read_json(place / "training_config.json")
+            write_json(place / "training_config.json", {**own, **run.facts})  # the run may have been extended since
+        save_checkpoint(folder / "last", run.setup.unet, run.setup.ema, training_config(run, step))
 
 
 def summary(run: Run, step: int) -> dict:

@@ -50,7 +50,7 @@ def test_a_new_learning_rate_reruns_train_and_what_follows(project):
     output = project.readme("dvc exp run -S train.lr=1e-5")
     assert stages_run(output) == STAGES[STAGES.index("train") :]
     config = project.json("data/checkpoints/last/training_config.json")
-    assert config["params"]["lr"] == 1e-5
+    assert config["params"]["train"]["lr"] == 1e-5
     with (project.folder / "metrics" / "train.csv").open() as file:
         assert float(next(csv.DictReader(file))["lr"]) == 1e-5
 
