@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT, shrunk_tree
 
 GOLDEN = ROOT / "tests" / "golden" / "losses.json"
-STEPS = {"max_steps": 10, "lr_warmup_steps": 2, "log_every_n_steps": 1, "lr": 2.0e-3, "caption_dropout": 0.1}
+STEPS = {"max_steps": 10, "lr_warmup_steps": 2, "log_every_n_steps": 1, "lr": 1.0e-4, "caption_dropout": 0.1}
 RUNS = {
     "epsilon": STEPS,
     "everything": {
