@@ -23,7 +23,8 @@ class HeldOut:
     Args:
         num_train_timesteps: T of the noise schedule.
         num_timesteps: bins, so noised versions of each picture.
-        max_samples: pictures used, the first of the split.
+        max_samples: pictures used, chosen by a hash of their ids: the split's order, often by class, has no say,
+            and a larger number adds pictures to a smaller one's.
         batch_size: noised latents per UNet call.
     """
 
@@ -38,9 +39,12 @@ class HeldOut:
         max_samples: int,
         batch_size: int,
     ) -> None:
-        self.num_samples = min(len(shards), max_samples)
+        ids = shards.ids
+        self._rows = sorted(sorted(range(len(ids)), key=lambda row: randomness.hash64(ids[row]))[:max_samples])
+        self.ids = [ids[row] for row in self._rows]
+        self.num_samples = len(self.ids)
         self.timesteps = mid_bin_timesteps(num_timesteps, num_train_timesteps)
-        self._shards, self._ids, self._batch_size = shards, shards.ids[: self.num_samples], batch_size
+        self._shards, self._batch_size = shards, batch_size
         self._text_encoder, self._scaling_factor = text_encoder, scaling_factor
 
     @torch.no_grad()
@@ -63,7 +67,9 @@ class HeldOut:
             rows = [pairs[place] for place in places]
             latents, input_ids = (
                 torch.stack(column).to(device)
-                for column in zip(*(self._shards.read(sample, "mean", "input_ids") for sample, _ in rows), strict=True)
+                for column in zip(
+                    *(self._shards.read(self._rows[sample], "mean", "input_ids") for sample, _ in rows), strict=True
+                )
             )
             latents *= self._scaling_factor
             noise = torch.stack([self._noise(sample, bin, latents.shape[1:]) for sample, bin in rows]).to(device)
@@ -77,5 +83,5 @@ class HeldOut:
         return losses.view(self.num_samples, num_bins)
 
     def _noise(self, sample: int, bin: int, shape: torch.Size) -> Tensor:
-        place = randomness.hash64(self._ids[sample])
+        place = randomness.hash64(self.ids[sample])
         return torch.from_numpy(randomness.normal(0, "held-out noise", place, bin, shape=tuple(shape)))
