@@ -349,7 +349,7 @@ def build_assemble() -> None:
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from sdtrain.generation import generate, load_pipeline
+    from sdtrain.models.pipelines import generate, load_pipeline
 
     out = ROOT / "data" / "builtin"
     vae = AutoencoderKL.from_pretrained(BUILD / "vae")

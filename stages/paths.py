@@ -25,5 +25,5 @@ ACCURACY_TABLE = Path("metrics/prompt_accuracy.csv")
 _ROOT = Path(os.environ.get("DVC_ROOT", "."))
 RUNS = _ROOT / "runs"
 """The trackers' folder. Not an out: it is the project's own even while a `--temp` run works elsewhere."""
-RESUME = _ROOT / ".dvc" / "tmp" / "resume"
+STATES = _ROOT / ".dvc" / "tmp" / "resume"
 """Saved states of training. Not an out: DVC deletes outs before a stage runs."""

@@ -1,6 +1,6 @@
 """What one training step sees, as a function of (seed, step, position in the effective batch)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -26,6 +26,8 @@ class Batch:
     """int64 [B]."""
     input_ids: Tensor
     """Token ids of the captions, int64 [B, L]."""
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    """What else the method asks the cache for, by name, [B, ...]."""
 
 
 class BatchMaker:
@@ -38,6 +40,10 @@ class BatchMaker:
         num_train_timesteps: T of the noise schedule.
         scaling_factor: the VAE's; applied here, once.
         null_ids: token ids of the empty caption, int64 [L].
+        columns: what the method asks of the cache beyond the plain columns, by name the shape of a row.
+
+    Raises:
+        InputError: the cache has no such column.
     """
 
     def __init__(
@@ -49,25 +55,29 @@ class BatchMaker:
         num_train_timesteps: int,
         scaling_factor: float,
         null_ids: Tensor,
+        columns: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
-        self.shards, self.params, self.seed = shards, params, seed
+        shards.check_columns(columns or {})
+        self.shards, self.params, self.seed, self.columns = shards, params, seed, tuple(columns or ())
         self.num_train_timesteps, self.scaling_factor, self.null_ids = num_train_timesteps, scaling_factor, null_ids
 
     def make(self, step: int, positions: range, device: torch.device) -> Batch:
         """Rows `positions` of the effective batch of `step`, counted from 0."""
         rows = [self._row(step, position) for position in positions]
-        columns = (torch.stack(column) for column in zip(*rows, strict=True))
-        if device.type == "cuda":  # from pinned memory, a copy doesn't wait for what the GPU has yet to do
-            return Batch(*(column.pin_memory().to(device, non_blocking=True) for column in columns))
-        return Batch(*(column.to(device) for column in columns))
+        tensors = {name: _to(torch.stack([row[name] for row in rows]), device) for name in rows[0]}
+        columns = {name: tensors.pop(name) for name in self.columns}
+        return Batch(**tensors, columns=columns)
 
-    def _row(self, step: int, position: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _row(self, step: int, position: int) -> dict[str, Tensor]:
+        """One row's fields of `Batch`, and its further columns."""
         place = (self.seed, step, position)
         epoch, index = divmod(step * self.params.batch_size + position, len(self.shards))
         index = int(_epoch_order(self.seed, epoch, len(self.shards))[index])
-        suffix = "_flipped" if self.shards.has_flipped and _uniform("flip", *place) < 0.5 else ""
-        mean, logvar, input_ids = self.shards.read(index, f"mean{suffix}", f"logvar{suffix}", "input_ids")
-        latents = (mean + (0.5 * logvar).exp() * _normal("posterior", *place, mean.shape)) * self.scaling_factor
+        flipped = self.shards.has_flipped and _uniform("flip", *place) < 0.5
+        cached = self.shards.read(index, "mean", "logvar", "input_ids", *self.columns, flipped=flipped)
+        mean, input_ids = cached["mean"], cached["input_ids"]
+        spread = (0.5 * cached["logvar"]).exp()
+        latents = (mean + spread * _normal("posterior", *place, mean.shape)) * self.scaling_factor
         noise = _normal("noise", *place, mean.shape)
         if self.params.noise_offset:  # https://www.crosslabs.org/blog/diffusion-with-offset-noise
             noise = noise + self.params.noise_offset * _normal("noise offset", *place, (len(mean), 1, 1))
@@ -76,7 +86,14 @@ class BatchMaker:
             input_noise = noise + self.params.input_perturbation * _normal("perturbation", *place, mean.shape)
         if _uniform("caption dropout", *place) < self.params.caption_dropout:
             input_ids = self.null_ids
-        return latents, noise, input_noise, torch.tensor(self._timestep(step, position)), input_ids
+        return {
+            "latents": latents,
+            "noise": noise,
+            "input_noise": input_noise,
+            "timesteps": torch.tensor(self._timestep(step, position)),
+            "input_ids": input_ids,
+            **{name: cached[name] for name in self.columns},
+        }
 
     def _timestep(self, step: int, position: int) -> int:
         if self.params.timestep_sampling == "uniform":
@@ -85,6 +102,12 @@ class BatchMaker:
             shift = randomness.uniform(self.seed, "timestep strata", step)
             share = (shift + position / self.params.batch_size) % 1.0
         return int(share * self.num_train_timesteps)
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":  # from pinned memory, a copy doesn't wait for what the GPU has yet to do
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _uniform(purpose: str, seed: int, step: int, position: int) -> float:

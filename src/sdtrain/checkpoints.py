@@ -1,54 +1,62 @@
-"""Checkpoints: a folder with the raw and the EMA UNet as Diffusers folders, and what made them.
+"""Checkpoints: a folder with a method's raw and averaged weights, and what made them.
 
-`data/checkpoints/{best,last}/unet/`, `unet_ema/` (where an EMA is kept) and `training_config.json`;
-with more than one best, `best-2/`, `best-3/` and so on, by rising held-out loss.
+`data/checkpoints/{best,last}/raw/`, `ema/` (where an average is kept), each as the method saves it, and
+`training_config.json`; with more than one best, `best-2/`, `best-3/` and so on, by rising held-out loss.
 """
 
 from pathlib import Path
 
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 
-from sdtrain.ema import averaged
 from sdtrain.errors import InputError
 from sdtrain.files import new_folder, read_json, write_json
-from sdtrain.models import load_unet, training_scheduler
+from sdtrain.methods import build_method, recorded_method
+from sdtrain.methods.method import Method, trained_parameters
+from sdtrain.models.ema import averaged
+from sdtrain.models.parts import Parts, training_scheduler
 
-_FOLDERS = {"raw": "unet", "ema": "unet_ema"}
 
-
-def save_checkpoint(folder: Path, unet: UNet2DConditionModel, ema: EMAModel | None, config: dict) -> None:
-    """Write one checkpoint, whole or not at all; leaves the UNet's weights as they are."""
+def save_checkpoint(folder: Path, method: Method, ema: EMAModel | None, config: dict) -> None:
+    """Write one checkpoint, whole or not at all; leaves the weights as they are."""
     with new_folder(folder, durable=True) as partial:
-        unet.save_pretrained(partial / _FOLDERS["raw"])
+        method.save(partial / "raw")
         if ema is not None:
-            with averaged(unet, ema):
-                unet.save_pretrained(partial / _FOLDERS["ema"])
+            with averaged(trained_parameters(method).values(), ema):
+                method.save(partial / "ema")
         write_json(partial / "training_config.json", config)
 
 
-def load_checkpoint(folder: Path, weights: str | None) -> tuple[UNet2DConditionModel, dict]:
-    """The UNet of a checkpoint, in fp32 and frozen, and its training_config.
-
-    Args:
-        weights: `raw` or `ema`; None takes the EMA where the checkpoint keeps one.
+def read_checkpoint(folder: Path) -> dict:
+    """A checkpoint's training_config.
 
     Raises:
-        InputError: the checkpoint isn't there or keeps no such weights.
+        InputError: there is no checkpoint.
     """
     if not is_checkpoint(folder):
         raise InputError(f"{folder}: no checkpoint here (it lacks training_config.json); run `dvc repro train`")
+    return read_json(folder / "training_config.json")
+
+
+def load_checkpoint(folder: Path, weights: str | None, parts: Parts) -> tuple[Method, DDPMScheduler, dict]:
+    """The method with a checkpoint's weights around its base's `parts`, its noise schedule and its training_config.
+
+    Args:
+        weights: `raw` or `ema`; None takes the average where the checkpoint keeps one.
+
+    Raises:
+        InputError: the checkpoint isn't there, keeps no such weights, or was trained on another base.
+    """
+    config = read_checkpoint(folder)
     if weights is None:
-        weights = "ema" if (folder / _FOLDERS["ema"]).exists() else "raw"
-    if not (folder / _FOLDERS[weights]).exists():
+        weights = "ema" if (folder / "ema").exists() else "raw"
+    if not (folder / weights).exists():
         raise InputError(f"{folder}: keeps no {weights} weights; use 'raw', or train with train.use_ema: true")
-    return load_unet(folder / _FOLDERS[weights]), read_json(folder / "training_config.json")
-
-
-def checkpoint_scheduler(base: Path, config: dict) -> DDPMScheduler:
-    """The noise schedule that a checkpoint with this training_config was trained on."""
+    method = build_method(recorded_method(config["params"]["method"]), parts)
+    method.load(folder / weights)
+    method.trained.requires_grad_(False).eval()
     train = config["params"]["train"]
-    return training_scheduler(base, train["prediction_type"], train["zero_terminal_snr"])
+    return method, training_scheduler(parts.scheduler, train["prediction_type"], train["zero_terminal_snr"]), config
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -4,8 +4,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdtrain.errors import InputError
+
+if TYPE_CHECKING:
+    from sdtrain.training.files import TrainFiles
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,16 +68,16 @@ def _positive(text: str) -> int:
 def _generate(options: argparse.Namespace) -> None:
     if not options.model.is_dir():
         raise InputError(f"--model {options.model}: no such folder; `dvc repro export` makes data/model")
-    from sdtrain.checkpoints import checkpoint_scheduler, is_checkpoint, load_checkpoint
-    from sdtrain.generation import build_pipeline, generate, load_pipeline
-    from sdtrain.models import pick_device
+    from sdtrain.checkpoints import is_checkpoint, load_checkpoint
+    from sdtrain.models.parts import load_parts, pick_device
+    from sdtrain.models.pipelines import generate, load_pipeline
 
     if is_checkpoint(options.model):
         base = options.base or Path("data/base")
         if not (base / "model_index.json").exists():
             raise InputError(f"--base {base}: no base model here; a checkpoint needs its VAE and text encoder")
-        unet, config = load_checkpoint(options.model, options.weights)
-        pipeline = build_pipeline(base, unet, checkpoint_scheduler(base, config)).to(pick_device())
+        method, scheduler, _ = load_checkpoint(options.model, options.weights, load_parts(base))
+        pipeline = method.pipeline(scheduler).to(pick_device())
     elif options.weights or options.base:
         option = f"--weights {options.weights}" if options.weights else f"--base {options.base}"
         raise InputError(f"{option}: {options.model} is a whole model, not a checkpoint")
@@ -102,11 +106,9 @@ def _plan(options: argparse.Namespace) -> None:
     from sdtrain.plan import plan_run
 
     params = load_params(options.params)
-    base = options.base
-    if not base.exists() and params.base.source == "local":
-        base = Path(params.base.path)
-    resume = Path(os.environ.get("DVC_ROOT", ".")) / ".dvc" / "tmp" / "resume"
-    for line in plan_run(params, base, options.latents, Path("data/checkpoints"), resume, options.time_steps):
+    if not options.base.exists() and params.base.source == "local":
+        options.base = Path(params.base.path)
+    for line in plan_run(params, _files(options), options.time_steps):
         print(line)
 
 
@@ -116,5 +118,22 @@ def _overfit(options: argparse.Namespace) -> None:
 
     if os.environ.get("NPROC", "1") != "1":
         raise InputError(f"overfit works in one process, the environment says NPROC = {os.environ['NPROC']}; unset it")
-    params = load_params(options.params)
-    overfit_batch(params.train, params.seed, options.base, options.latents, options.rows, options.steps)
+    overfit_batch(load_params(options.params), _files(options), options.rows, options.steps)
+
+
+def _files(options: argparse.Namespace) -> "TrainFiles":
+    """The project's places, as the stage `train` has them."""
+    from sdtrain.training.files import TrainFiles
+
+    root, metrics = Path(os.environ.get("DVC_ROOT", ".")), Path("metrics")
+    return TrainFiles(
+        base=options.base,
+        latents=options.latents,
+        checkpoints=Path("data/checkpoints"),
+        metrics=metrics / "train.json",
+        train_curve=metrics / "train.csv",
+        speed_curve=metrics / "train_speed.csv",
+        validation_curve=metrics / "validation.csv",
+        runs=root / "runs",
+        states=root / ".dvc" / "tmp" / "resume",
+    )

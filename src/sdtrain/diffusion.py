@@ -4,6 +4,7 @@ With ᾱ_t the cumulative product of 1-β (Ho et al. 2020, "Denoising diffusion 
 `alphas_cumprod` is float [num_train_timesteps], `timesteps` int [B], everything else [B, C, h, w].
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,13 +13,24 @@ from torch import Tensor
 PredictionType = Literal["epsilon", "v_prediction"]
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What a denoiser is trained to predict, on which noise schedule, and with which weight per timestep."""
+
+    alphas_cumprod: Tensor
+    """ᾱ, float32 [num_train_timesteps]."""
+    prediction_type: PredictionType
+    snr_gamma: float | None
+    """γ of min-SNR weights; None weighs all timesteps alike."""
+
+
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """x_t = √ᾱ_t x₀ + √(1-ᾱ_t) ε (Ho et al. 2020, eq. 4)."""
     signal, sigma = _rates(timesteps, alphas_cumprod, latents)
     return signal * latents + sigma * noise
 
 
-def target(
+def prediction_target(
     latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: PredictionType
 ) -> Tensor:
     """What the UNet should predict: ε, or v = √ᾱ_t ε - √(1-ᾱ_t) x₀ (Salimans & Ho 2022, app. D)."""

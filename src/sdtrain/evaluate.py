@@ -8,11 +8,13 @@ import pandas as pd
 from diffusers import StableDiffusionPipeline
 
 from sdtrain import randomness, scenes
-from sdtrain.files import write_json, write_text
-from sdtrain.generation import generate, load_pipeline
-from sdtrain.heldout import HeldOut
+from sdtrain.evaluation.held_out import HeldOut
+from sdtrain.files import read_json, write_json, write_text
 from sdtrain.manifests import encoders_fingerprint, read_manifest
-from sdtrain.params import EvaluateParams
+from sdtrain.methods import build_method, recorded_method
+from sdtrain.models.parts import parts_of
+from sdtrain.models.pipelines import generate, load_pipeline
+from sdtrain.params import EvaluateParams, Section
 from sdtrain.shards import LatentShards
 from sdtrain.statistics import bootstrap_interval, wilson_interval
 
@@ -36,9 +38,9 @@ def evaluate_model(
     scenes the accuracy by kind of prompt and field to `accuracy_table` (else a table without rows).
     """
     pipelines = {"base": load_pipeline(base), "trained": load_pipeline(model)}
-    numbers, table = _held_out_loss(
-        params, seed, pipelines, LatentShards(latents, "validation", encoders_fingerprint(base))
-    )
+    method = recorded_method(read_json(model / "training_config.json")["params"]["method"])
+    shards = LatentShards(latents, "validation", encoders_fingerprint(base))
+    numbers, table = _held_out_loss(params, seed, method, pipelines, shards)
     write_text(loss_table, table.to_csv(index=False, lineterminator="\n"))
     rows = []
     if "generated" in read_manifest(dataset, "dataset")["source"]:
@@ -53,20 +55,25 @@ def evaluate_model(
 
 
 def _held_out_loss(
-    params: EvaluateParams, seed: int, pipelines: dict[str, StableDiffusionPipeline], shards: LatentShards
+    params: EvaluateParams,
+    seed: int,
+    method: Section,
+    pipelines: dict[str, StableDiffusionPipeline],
+    shards: LatentShards,
 ) -> tuple[dict, pd.DataFrame]:
+    """What each model's method predicts of the held-out images: of the base, as the method is before its first step."""
     losses = {}
     for name, pipeline in pipelines.items():
         held_out = HeldOut(
             shards,
-            pipeline.text_encoder,
             pipeline.vae.config.scaling_factor,
             num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
             num_timesteps=params.num_timesteps,
             max_samples=params.max_samples,
             batch_size=params.batch_size,
         )
-        losses[name] = held_out.losses(pipeline.unet, pipeline.scheduler).double().cpu().numpy()
+        built = build_method(method, parts_of(pipeline))
+        losses[name] = held_out.losses(built, pipeline.scheduler).double().cpu().numpy()
     gain = (losses["base"] - losses["trained"]).mean(axis=1)
     low, high = bootstrap_interval(gain, params.num_bootstrap, randomness.generator(seed, "bootstrap"))
     numbers = {

@@ -4,44 +4,46 @@ import os
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import nn
 
 from sdtrain import __version__
-from sdtrain.checkpoints import checkpoint_scheduler, load_checkpoint
+from sdtrain.checkpoints import load_checkpoint
 from sdtrain.files import new_folder, read_json, write_json, write_text
-from sdtrain.generation import build_pipeline
+from sdtrain.models.parts import load_parts
 from sdtrain.params import ExportParams
-from sdtrain.rules import scaled_lr
+from sdtrain.schedules import scaled_lr
 
 _TOLERANCE = {"fp32": 0.0, "fp16": 2e-2}
 """Relative error allowed between the checkpoint's and the exported UNet's output."""
 
 
 def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path) -> None:
-    """Write `out`, a Diffusers folder with the chosen checkpoint's UNet and the base's other parts.
+    """Write `out`, a Diffusers folder with the chosen checkpoint's weights and the base's other parts.
 
     Raises:
         InputError: the checkpoint is missing, or keeps no such weights.
-        AssertionError: what was written doesn't compute what the checkpoint computes.
+        AssertionError: what was written isn't, or doesn't compute, what the checkpoint does.
     """
-    unet, config = load_checkpoint(checkpoints / params.checkpoint, params.weights)
-    pipeline = build_pipeline(base, unet, checkpoint_scheduler(base, config))
-    probe = _probe(unet)
+    method, scheduler, config = load_checkpoint(checkpoints / params.checkpoint, params.weights, load_parts(base))
+    pipeline = method.pipeline(scheduler)
+    probe = _probe(pipeline.unet)
     with torch.inference_mode():
-        expected = unet(**probe).sample
+        expected = pipeline.unet(**probe).sample
     with new_folder(out) as folder:
         if params.dtype == "fp16":
-            for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            for part in _modules(pipeline).values():
                 part.half()
         pipeline.save_pretrained(folder, safe_serialization=True)
-        facts = {
-            name: value for name, value in config.items() if name != "git_commit"
-        }  # the model is the same at any commit
+        # Without the git commit: the model is the same at any.
+        facts = {name: value for name, value in config.items() if name != "git_commit"}
         write_json(folder / "training_config.json", {**facts, "export": params.model_dump()})
         write_text(folder / "README.md", _model_card(params, config, read_json(base / "manifest.json")))
-        loaded = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).unet.eval()
+        loaded = type(pipeline).from_pretrained(folder, dtype=torch.float32)
+        for name, part in _modules(pipeline).items():
+            _assert_same_weights(name, part, getattr(loaded, name))
         with torch.inference_mode():
-            difference = ((loaded(**probe).sample - expected).norm() / expected.norm()).item()
+            difference = ((loaded.unet.eval()(**probe).sample - expected).norm() / expected.norm()).item()
         assert difference <= _TOLERANCE[params.dtype], (
             f"the exported UNet's output differs from the checkpoint's by {difference:.2e} (relative), "
             f"{_TOLERANCE[params.dtype]:.0e} is allowed for {params.dtype}"
@@ -51,6 +53,18 @@ def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path)
         f"{os.fspath(out)}: {params.weights} weights of step {config['step']}, {size_mib:.1f} MiB, "
         f"reloaded output differs by {difference:.1e}"
     )
+
+
+def _modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The parts of a pipeline that hold weights."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+def _assert_same_weights(name: str, written: nn.Module, loaded: nn.Module) -> None:
+    ours, theirs = written.state_dict(), loaded.state_dict()
+    differ = [key for key in ours.keys() | theirs.keys() if key not in ours or key not in theirs]
+    differ = differ or [key for key in ours if not torch.equal(ours[key].float(), theirs[key].float())]
+    assert not differ, f"the exported {name} differs from the checkpoint's in {len(differ)} tensors, e.g. {differ[0]}"
 
 
 def _probe(unet: UNet2DConditionModel) -> dict:

@@ -6,23 +6,24 @@ amount of data mends: the learning rate, the prediction type, the scaling, a UNe
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from sdtrain.batches import Batch, BatchMaker
 from sdtrain.errors import InputError
-from sdtrain.optimization import build_lr_scheduler
-from sdtrain.params import TrainParams
-from sdtrain.setup import build_accelerator, prepare
-from sdtrain.train import optimizer_step
+from sdtrain.params import Params
+from sdtrain.training.devices import build_accelerator
+from sdtrain.training.files import TrainFiles
+from sdtrain.training.optimizer import build_lr_scheduler, peak_lr
+from sdtrain.training.step import optimizer_step
+from sdtrain.training.trainer import build_trainer
 
 _SHARE = 0.1
 """Of its first value; the loss has to end below that."""
 
 
-def overfit_batch(params: TrainParams, seed: int, base: Path, latents: Path, num_rows: int, num_steps: int) -> float:
+def overfit_batch(params: Params, files: TrainFiles, num_rows: int, num_steps: int) -> float:
     """Train on the first `num_rows` rows `num_steps` times at a constant rate; the last loss over the first.
 
     Prints the loss as it goes, writes nothing.
@@ -30,11 +31,11 @@ def overfit_batch(params: TrainParams, seed: int, base: Path, latents: Path, num
     Raises:
         InputError: the loss didn't fall below a tenth of its first value.
     """
-    params = params.model_copy(
+    train = params.train.model_copy(
         update={
             "batch_size": num_rows,
             "micro_batch_size": num_rows,
-            "lr": params.scaled_lr,
+            "lr": peak_lr(params.train),
             "lr_scaling": "none",
             "lr_reference_batch_size": None,
             "lr_scheduler": "constant",
@@ -42,19 +43,19 @@ def overfit_batch(params: TrainParams, seed: int, base: Path, latents: Path, num
             "use_ema": False,
         }
     )
-    s = prepare(params, seed, base, latents, build_accelerator(params))
-    s = replace(s, batches=_OneBatch(s.batches))
-    lr_scheduler = build_lr_scheduler(s.optimizer, params, num_steps, num_done=0)
+    trainer = build_trainer(params.model_copy(update={"train": train}), files, build_accelerator(train))
+    trainer = replace(trainer, batches=_OneBatch(trainer.batches))
+    lr_scheduler = build_lr_scheduler(trainer.optimizer, train, num_steps, num_done=0)
     losses = []
     for step in range(num_steps):
-        losses.append(optimizer_step(s, lr_scheduler, step).sums[0].item() / num_rows)
+        losses.append(optimizer_step(trainer, lr_scheduler, step).sums[0].item() / num_rows)
         if step % max(1, num_steps // 10) == 0 or step == num_steps - 1:
             tqdm.write(f"step {step + 1}: loss {losses[-1]:.5f}")
     share = losses[-1] / losses[0]
     if not share < _SHARE:
         raise InputError(
             f"one batch of {num_rows} can't be overfitted: its loss went from {losses[0]:.4f} to {losses[-1]:.4f} in "
-            f"{num_steps} steps; try another train.lr (it is {params.lr:g}), then look at train.prediction_type"
+            f"{num_steps} steps; try another train.lr (it is {train.lr:g}), then look at train.prediction_type"
         )
     print(f"one batch of {num_rows} is learned: its loss fell to {share:.1%} of its first value")
     return share

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import ErrorDetails
 
 from sdtrain.errors import InputError
-from sdtrain.rules import RULES, View, scaled_lr
+from sdtrain.rules import RULES, View
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -95,8 +95,19 @@ class PrecomputeParams(Section):
     """Pictures per VAE call. Changes speed and memory only."""
 
 
+class FinetuneParams(Section):
+    """Plain fine-tuning: all of the UNet's weights."""
+
+    name: Literal["finetune"]
+    """The training method; each has keys of its own."""
+
+
+MethodParams = FinetuneParams
+"""The section `method`: one of these, told apart by `name`."""
+
+
 class TrainParams(Section):
-    """UNet training."""
+    """The run: steps, optimizer, objective, saving."""
 
     lr: Annotated[float, Field(gt=0)]
     """Learning rate of AdamW at the scheduler's top, at the batch that `lr_scaling` refers to."""
@@ -174,11 +185,13 @@ class TrainParams(Section):
     """`warmup` only: 2/3 for runs of a million steps, 3/4 for shorter ones."""
     ema_sigma_rel: Annotated[float, Field(gt=0, lt=0.28)] | None
     """`power_function` only: the averaging profile's width as a share of the run; 0.05 to 0.1 is usual."""
-    resume: Text
-    """`auto` goes on from this very run's saved state where there is one, `never` starts over; a path is a saved
-    state or a checkpoint to branch from."""
+    resume: Literal["auto", "never", "branch"]
+    """`auto` resumes this very run from its saved state where there is one, `never` starts over, `branch` starts from
+    `branch_from`."""
+    branch_from: Text
+    """`branch` only: a saved state, a run's folder of them, or a checkpoint. DVC watches it, so it must exist."""
     resume_reset: list[Literal["lr", "scheduler", "optimizer"]]
-    """With a path: what doesn't go on from there but starts as this file says."""
+    """`branch` only: what isn't taken over from there but starts as this file says."""
     save_every_n_steps: PositiveInt
     """Optimizer steps between saved states; one is also saved at the end and on SIGINT and SIGTERM."""
     num_saved_runs: PositiveInt
@@ -191,11 +204,6 @@ class TrainParams(Section):
     """Optimizer steps between rows of the training curve."""
     trackers: list[Literal["tensorboard", "wandb"]]
     """Where the curves go beside the CSV files; Weights & Biases needs `pip install '.[wandb]'`."""
-
-    @property
-    def scaled_lr(self) -> float:
-        """The learning rate that AdamW gets at the scheduler's top."""
-        return scaled_lr(self.lr, self.lr_scaling, self.batch_size, self.lr_reference_batch_size)
 
 
 class ValidationParams(Section):
@@ -272,6 +280,7 @@ class Params(Section):
     base: BaseParams
     dataset: DatasetParams
     precompute: PrecomputeParams
+    method: MethodParams
     train: TrainParams
     validation: ValidationParams
     export: ExportParams

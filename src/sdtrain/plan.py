@@ -6,33 +6,32 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdtrain.checks import check_cache, total_memory_bytes
-from sdtrain.costs import Costs, count_parameters, training_costs
 from sdtrain.errors import InputError
 from sdtrain.files import read_json
-from sdtrain.identity import training_identity
-from sdtrain.models import pick_device
-from sdtrain.optimization import build_lr_scheduler, check_warmup, count_micro_batches, count_steps
+from sdtrain.models.parts import pick_device, read_configs
 from sdtrain.params import Params
-from sdtrain.resume import StateStore, find_origin
-from sdtrain.setup import build_accelerator, prepare
-from sdtrain.train import optimizer_step
+from sdtrain.resume import StateStore
+from sdtrain.training.devices import build_accelerator
+from sdtrain.training.files import TrainFiles
+from sdtrain.training.optimizer import build_lr_scheduler, check_warmup, count_micro_batches, count_steps, peak_lr
+from sdtrain.training.preflight import check_cache, estimate_costs, total_memory_bytes
+from sdtrain.training.spec import read_spec
+from sdtrain.training.step import optimizer_step
+from sdtrain.training.trainer import build_trainer
 
 
-def plan_run(params: Params, base: Path, latents: Path, out: Path, resume: Path, num_timed_steps: int) -> list[str]:
+def plan_run(params: Params, files: TrainFiles, num_timed_steps: int) -> list[str]:
     """The plan, line by line.
 
     Args:
-        base: the resolved base, or where it isn't resolved yet the folder that it will be taken from.
+        files: as for `train`; `base` may be the folder that the base will be taken from.
         num_timed_steps: train that many steps to learn how long one takes; 0 trains none.
 
     Raises:
         InputError: the base isn't there to be read, the params can't be run, or steps are to be timed without a cache.
     """
-    train, device = params.train, pick_device()
+    train, device, latents = params.train, pick_device(), files.latents
     if (latents / "manifest.json").exists():
         check_cache(read_json(latents / "manifest.json"), params.precompute, params.seed, latents)
     num_train, num_held_out, origin = _count_pictures(params, latents)
@@ -42,9 +41,9 @@ def plan_run(params: Params, base: Path, latents: Path, out: Path, resume: Path,
     if num_timed_steps and num_processes > 1:
         raise InputError(f"--time-steps: times one process, the environment asks for {num_processes}; unset NPROC")
     num_micro_batches = count_micro_batches(train, num_processes)
-    costs = _costs(params, base)
+    costs = estimate_costs(params, files.base, read_configs(files.base).latent_shape(params.precompute.resolution))
     disk_bytes = 2 * costs.state_bytes + 2 * (train.num_best_checkpoints + 1) * costs.checkpoint_bytes
-    free_bytes = shutil.disk_usage(next(p for p in resume.absolute().parents if p.exists())).free
+    free_bytes = shutil.disk_usage(next(p for p in files.states.absolute().parents if p.exists())).free
     num_validations = num_steps // params.validation.every_n_steps + bool(num_steps % params.validation.every_n_steps)
     asked = min(num_held_out, params.validation.max_samples) * params.validation.num_timesteps
     kinds = "raw and EMA" if train.use_ema else "raw"
@@ -55,9 +54,9 @@ def plan_run(params: Params, base: Path, latents: Path, out: Path, resume: Path,
             f"{train.batch_size} = {num_processes} processes x {num_micro_batches} micro-batches "
             f"x {train.micro_batch_size}"
         ),
-        "learning rate": f"{train.scaled_lr:g} at its top, {train.lr_scheduler}, {train.lr_warmup_steps} steps warm-up",
+        "learning rate": f"{peak_lr(train):g} at its top, {train.lr_scheduler}, {train.lr_warmup_steps} steps warm-up",
         "objective": f"{train.prediction_type}, snr_gamma {train.snr_gamma}, {train.timestep_sampling} timesteps",
-        "trained": f"{costs.num_parameters:,} parameters (the UNet), {train.optimizer}, {train.precision}",
+        "trained": f"{costs.num_parameters:,} parameters ({params.method.name}), {train.optimizer}, {train.precision}",
         "memory": (
             f"about {_gib(costs.memory_bytes)} per process, of {_gib(total_memory_bytes(device))} on this "
             f"{device.type}: weights {_gib(costs.weights_bytes)}, gradients {_gib(costs.gradients_bytes)}, optimizer "
@@ -66,11 +65,11 @@ def plan_run(params: Params, base: Path, latents: Path, out: Path, resume: Path,
         ),
         "disk": f"about {_gib(disk_bytes)} for saved states and checkpoints, {_gib(free_bytes)} free",
         "validations": f"{num_validations + 1}, of {asked:,} noised latents each, {kinds} weights",
-        "resume": _saved_state(params, base, latents, out, resume, num_steps),
+        "resume": _saved_state(params, files),
         "time": "not measured; --time-steps 5 trains five steps to tell",
     }
     if num_timed_steps:
-        step_s = _time_step(params, base, latents, num_timed_steps)
+        step_s = _time_step(params, files, num_timed_steps)
         lines["time"] = (
             f"about {num_steps * step_s / 60:.1f} min of training steps, {1000 * step_s:.0f} ms each here "
             f"({num_timed_steps} timed); validation and saving come on top"
@@ -98,60 +97,32 @@ def _count_pictures(params: Params, latents: Path) -> tuple[int, int, str]:
     return train, held_out, "about, as params.yaml says"
 
 
-def _costs(params: Params, base: Path) -> Costs:
-    configs = {}
-    for part in ("unet", "vae", "text_encoder"):
-        path = base / part / "config.json"
-        if not path.exists():
-            raise InputError(f"{path} isn't there, so nothing is known of the base; run `dvc repro base`")
-        configs[part] = read_json(path)
-    factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-    size = params.precompute.resolution // factor
-    frozen = count_parameters(lambda: AutoencoderKL.from_config(configs["vae"])) + count_parameters(
-        lambda: CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
-    )
-    return training_costs(
-        configs["unet"],
-        (configs["vae"]["latent_channels"], size, size),
-        sequence_length=configs["text_encoder"]["max_position_embeddings"],
-        micro_batch_size=params.train.micro_batch_size,
-        precision=params.train.precision,
-        gradient_checkpointing=params.train.gradient_checkpointing,
-        optimizer=params.train.optimizer,
-        use_ema=params.train.use_ema,
-        frozen_parameters=frozen,
-    )
-
-
-def _saved_state(params: Params, base: Path, latents: Path, out: Path, resume: Path, num_steps: int) -> str:
-    train = params.train
-    if train.resume == "never":
+def _saved_state(params: Params, files: TrainFiles) -> str:
+    if params.train.resume == "never":
         return "never: starts over"
-    if not (base / "manifest.json").exists() or not (latents / "manifest.json").exists():
+    if not (files.base / "manifest.json").exists() or not (files.latents / "manifest.json").exists():
         return "not known before base and latents are there"
-    origin = find_origin(train.resume, train.resume_reset, out, num_steps)
-    facts = origin.facts() if origin else None
-    identity = training_identity(train, params.validation, params.seed, num_steps, base, latents, facts)
-    store = StateStore(resume, identity)
-    if saved := store.newest(num_steps):
-        return f"run {store.fingerprint} goes on from {saved}"
-    if origin:
-        return f"run {store.fingerprint} branches from step {origin.step} of {origin.folder}"
+    spec = read_spec(params, files)
+    store = StateStore(files.states, spec.identity)
+    if saved := store.newest(spec.num_steps):
+        return f"run {store.fingerprint} resumes from {saved}"
+    if spec.origin:
+        return f"run {store.fingerprint} branches from step {spec.origin.step} of {spec.origin.folder}"
     return f"run {store.fingerprint} starts afresh; it has no saved state"
 
 
-def _time_step(params: Params, base: Path, latents: Path, num_timed_steps: int) -> float:
+def _time_step(params: Params, files: TrainFiles, num_timed_steps: int) -> float:
     """Seconds per optimizer step, after one that isn't counted."""
-    if not (latents / "manifest.json").exists():
-        raise InputError(f"--time-steps: {latents} isn't there to train on; run `dvc repro precompute`")
-    s = prepare(params.train, params.seed, base, latents, build_accelerator(params.train))
-    lr_scheduler = build_lr_scheduler(s.optimizer, params.train, num_timed_steps + 1, num_done=0)
-    optimizer_step(s, lr_scheduler, 0)
-    _wait_for(s.accelerator.device)
+    if not (files.latents / "manifest.json").exists():
+        raise InputError(f"--time-steps: {files.latents} isn't there to train on; run `dvc repro precompute`")
+    trainer = build_trainer(params, files, build_accelerator(params.train))
+    lr_scheduler = build_lr_scheduler(trainer.optimizer, params.train, num_timed_steps + 1, num_done=0)
+    optimizer_step(trainer, lr_scheduler, 0)
+    _wait_for(trainer.accelerator.device)
     started = time.perf_counter()
     for step in range(num_timed_steps):
-        optimizer_step(s, lr_scheduler, step + 1)
-    _wait_for(s.accelerator.device)
+        optimizer_step(trainer, lr_scheduler, step + 1)
+    _wait_for(trainer.accelerator.device)
     return (time.perf_counter() - started) / num_timed_steps
 
 

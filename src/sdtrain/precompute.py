@@ -19,7 +19,7 @@ from sdtrain.errors import InputError
 from sdtrain.files import new_folder, sha256_file, sha256_json, write_json
 from sdtrain.images import decode_rgb, square_pixels
 from sdtrain.manifests import FORMATS, encoders_fingerprint, read_manifest
-from sdtrain.models import load_tokenizer, load_vae, pick_device, tokenize
+from sdtrain.models.parts import load_tokenizer, load_vae, pick_device, tokenize, vae_factor
 from sdtrain.params import PrecomputeParams
 from sdtrain.shards import NUM_PROBES, PROBE, SPLITS, read_dataset
 
@@ -37,7 +37,7 @@ def precompute_latents(
     manifest = read_manifest(dataset, "dataset")
     fingerprint = encoders_fingerprint(base)
     vae, tokenizer, device = load_vae(base), load_tokenizer(base), pick_device()
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = vae_factor(vae.config.block_out_channels)
     if params.resolution % factor:
         below, above = params.resolution // factor * factor, -(-params.resolution // factor) * factor
         raise InputError(

@@ -1,6 +1,6 @@
 """Saved states: what a run needs to go on from a step as if it had never stopped.
 
-`<root>/<fingerprint>/step-<n>/` holds `unet.safetensors`, `ema.safetensors` (where an average is
+`<root>/<fingerprint>/step-<n>/` holds `weights.safetensors`, `ema.safetensors` (where an average is
 kept), `optimizer.safetensors` and `state.json`; `<root>/<fingerprint>/checkpoints/` the best
 checkpoints so far. The root lies outside the outs, which DVC deletes before a stage runs, and
 outside the copies that `--temp` and queued runs work in. A state is whole or not there: it is
@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.optim import Optimizer
 
-from sdtrain.checkpoints import is_checkpoint, load_checkpoint
+from sdtrain.checkpoints import is_checkpoint
 from sdtrain.errors import InputError
 from sdtrain.files import PARTIAL, delete_folder, new_folder, read_json, write_json
-from sdtrain.identity import describe, differences, fingerprint
+from sdtrain.methods.method import Method
+from sdtrain.params import TrainParams
+from sdtrain.training.identity import describe, differences, fingerprint
 
 _FORMAT_VERSION = 1
 
@@ -85,30 +87,29 @@ class StateStore:
         return None
 
     def save(
-        self, step: int, unet: UNet2DConditionModel, ema: EMAModel | None, optimizer: Optimizer, facts: dict
+        self, step: int, weights: dict[str, nn.Parameter], ema: EMAModel | None, optimizer: Optimizer, facts: dict
     ) -> Path:
         """Write the state after `step` steps, then delete older ones and the checkpoints that none refers to."""
         target = self.state(step)
         if not target.exists():  # it does where the run was resumed here, or has only validated since
             tensors, scalars = _flat(optimizer.state_dict()["state"])
             with new_folder(target, durable=True) as folder:
-                weights = {name: tensor.contiguous() for name, tensor in unet.state_dict().items()}
-                save_file(weights, folder / "unet.safetensors")
+                raw = {name: parameter.detach().contiguous() for name, parameter in weights.items()}
+                save_file(raw, folder / "weights.safetensors")
                 if ema is not None:
-                    names = [name for name, _ in unet.named_parameters()]
-                    save_file(dict(zip(names, ema.shadow_params, strict=True)), folder / "ema.safetensors")
+                    save_file(dict(zip(weights, ema.shadow_params, strict=True)), folder / "ema.safetensors")
                 save_file(tensors, folder / "optimizer.safetensors")
                 head = {"format_version": _FORMAT_VERSION, "step": step, "identity": self.identity}
                 write_json(folder / "state.json", {**head, "optimizer_scalars": scalars, **facts})
         for older in [state for state in _states_in(self.folder) if _step_of(state) < step]:
             delete_folder(older)
-        self.tidy(facts["best"])
+        self.tidy([entry["step"] for entry in facts["best"]])
         return target
 
-    def tidy(self, best: list[dict]) -> None:
-        """Delete the checkpoints that are neither in `best` nor needed by a state on disk."""
-        lists = [best, *(read_state(state)["best"] for state in _states_in(self.folder))]
-        kept = {entry["step"] for entries in lists for entry in entries}
+    def tidy(self, best: list[int]) -> None:
+        """Delete the checkpoints of steps that are neither in `best` nor needed by a state on disk."""
+        lists = [read_state(state)["best"] for state in _states_in(self.folder)]
+        kept = {*best, *(entry["step"] for entries in lists for entry in entries)}
         for checkpoint in (self.folder / "checkpoints").glob("step-????????"):
             if _step_of(checkpoint) not in kept:
                 delete_folder(checkpoint)
@@ -161,19 +162,21 @@ def read_state(folder: Path) -> dict:
     return facts
 
 
-def load_state(folder: Path, unet: UNet2DConditionModel, ema: EMAModel | None, optimizer: Optimizer | None) -> None:
+def load_state(
+    folder: Path, weights: dict[str, nn.Parameter], ema: EMAModel | None, optimizer: Optimizer | None
+) -> None:
     """Take weights, average and moments over from a saved state; None leaves that part as it is.
 
     Raises:
-        InputError: the state's UNet has another structure.
+        InputError: the state's weights have another structure.
     """
-    _load_weights(folder, unet, load_file(folder / "unet.safetensors"))
+    _copy(folder, load_file(folder / "weights.safetensors"), weights)
     facts = read_state(folder)
     if ema is not None and facts["ema_step"] is not None:
-        average = load_file(folder / "ema.safetensors")
-        _set_average(ema, [average[name] for name, _ in unet.named_parameters()], facts["ema_step"])
+        _copy(folder, load_file(folder / "ema.safetensors"), dict(zip(weights, ema.shadow_params, strict=True)))
+        ema.optimization_step = facts["ema_step"]
     elif ema is not None:  # a branch of a run that kept none: it starts here
-        _set_average(ema, [p.detach() for p in unet.parameters()], 0)
+        _set_average(ema, weights, 0)
     if optimizer is not None:
         state = _nested({**load_file(folder / "optimizer.safetensors"), **facts["optimizer_scalars"]})
         state = {int(index): values for index, values in state.items()}
@@ -211,17 +214,16 @@ class Origin:
                 )
         return describe(found) or "nothing"
 
-    def load(self, unet: UNet2DConditionModel, ema: EMAModel | None, optimizer: Optimizer) -> int:
+    def load(self, method: Method, weights: dict[str, nn.Parameter], ema: EMAModel | None, optimizer: Optimizer) -> int:
         """Take over what isn't reset; the updates that lie behind."""
         if not self.is_checkpoint:
-            load_state(self.folder, unet, ema, None if "optimizer" in self.reset else optimizer)
+            load_state(self.folder, weights, ema, None if "optimizer" in self.reset else optimizer)
             return read_state(self.folder)["num_updates"]
-        raw, config = load_checkpoint(self.folder, "raw")
-        _load_weights(self.folder, unet, raw.state_dict())
-        if ema is not None:
-            has_average = config["ema_step"] is not None
-            source = load_checkpoint(self.folder, "ema")[0] if has_average else unet
-            _set_average(ema, [p.detach() for p in source.parameters()], config["ema_step"] or 0)
+        num_averaged = read_json(self.folder / "training_config.json")["ema_step"]
+        if ema is not None:  # the weights are those of `raw` in the end
+            method.load(self.folder / ("raw" if num_averaged is None else "ema"))
+            _set_average(ema, weights, num_averaged or 0)
+        method.load(self.folder / "raw")
         return self.step
 
 
@@ -238,15 +240,15 @@ _RESETS = {
 """What each reset starts afresh, as keys of the identity."""
 
 
-def find_origin(resume: str, reset: list[str], out: Path, num_steps: int) -> Origin | None:
-    """What `train.resume` names: None for `auto` and `never`, else a state, a run's newest state, or a checkpoint.
+def find_origin(params: TrainParams, out: Path, num_steps: int) -> Origin | None:
+    """What a run with `train.resume: branch` starts from: a state, a run's newest state, or a checkpoint; else None.
 
     Raises:
         InputError: nothing of the kind is there, or nothing would be left to do.
     """
-    if resume in ("auto", "never"):
+    if params.resume != "branch":
         return None
-    folder, name = Path(resume), f"train.resume = {resume!r}"
+    reset, folder, name = params.resume_reset, Path(params.branch_from), f"train.branch_from = {params.branch_from!r}"
     if folder.absolute().is_relative_to(out.absolute()):
         raise InputError(
             f"{name}: lies in {out}, which DVC deletes before this stage runs; `dvc checkout`, copy it elsewhere, and "
@@ -273,15 +275,25 @@ def find_origin(resume: str, reset: list[str], out: Path, num_steps: int) -> Ori
     return origin
 
 
-def _load_weights(folder: Path, unet: UNet2DConditionModel, weights: dict[str, torch.Tensor]) -> None:
-    try:
-        unet.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"{folder}: its UNet has another structure than the base's: {error}") from None
+@torch.no_grad()
+def _copy(folder: Path, saved: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> None:
+    """Copy saved tensors into ours, by name."""
+    differ = sorted(
+        name for name in saved.keys() | ours.keys()
+        if name not in saved or name not in ours or saved[name].shape != ours[name].shape
+    )  # fmt: skip
+    if differ:
+        raise InputError(
+            f"{folder}: its weights don't match this run's: {len(differ)} tensors differ in name or shape, "
+            f"{', '.join(differ[:3])}{', …' if len(differ) > 3 else ''}"
+        )
+    for name, tensor in ours.items():
+        tensor.copy_(saved[name])
 
 
-def _set_average(ema: EMAModel, parameters: list[torch.Tensor], num_updates: int) -> None:
-    for ours, theirs in zip(ema.shadow_params, parameters, strict=True):
+@torch.no_grad()
+def _set_average(ema: EMAModel, weights: dict[str, nn.Parameter], num_updates: int) -> None:
+    for ours, theirs in zip(ema.shadow_params, weights.values(), strict=True):
         ours.copy_(theirs)
     ema.optimization_step = num_updates
 

@@ -7,13 +7,7 @@ message can name every fault.
 from collections.abc import Callable
 from typing import Any
 
-
-def scaled_lr(lr: float, scaling: str, batch_size: int, reference_batch_size: int | None) -> float:
-    """The learning rate for an effective batch: `lr` holds at the reference, and grows with the batch or its root."""
-    if scaling == "none":
-        return lr
-    ratio = batch_size / reference_batch_size
-    return lr * (ratio if scaling == "linear" else ratio**0.5)
+from sdtrain.schedules import scaled_lr
 
 
 class View:
@@ -133,12 +127,19 @@ def _ema_settings_fit(p: View) -> str | None:
             return f"train.{field} = {value}: train.ema_schedule = {schedule!r} doesn't use it; set it to null"
 
 
-def _resets_need_a_start(p: View) -> str | None:
-    resume, reset = p.train.resume, p.train.resume_reset
-    if reset and resume in ("auto", "never"):
+def _branch_settings_fit(p: View) -> str | None:
+    resume, reset, origin = p.train.resume, p.train.resume_reset, p.train.branch_from
+    if resume == "branch":
+        return None
+    if reset:
         return (
             f"train.resume_reset = {reset}: has no effect with train.resume = {resume!r}; "
-            "set train.resume to a saved state or checkpoint, or train.resume_reset to []"
+            "set train.resume: branch and train.branch_from, or train.resume_reset to []"
+        )
+    if origin != "data/start":
+        return (
+            f"train.branch_from = {origin!r}: has no effect with train.resume = {resume!r}; "
+            "set train.resume: branch, or train.branch_from: data/start"
         )
 
 
@@ -210,6 +211,6 @@ RULES: tuple[Rule, ...] = (
     _lr_setting_has_effect("lr_num_cycles", 1, "cosine_with_restarts"),
     _lr_setting_has_effect("lr_power", 1.0, "polynomial"), _polynomial_falls,
     _reference_batch_is_stated, _step_rules_are_sound, _terminal_noise_needs_velocity, _ema_settings_fit,
-    _resets_need_a_start, _listed_once("resume_reset"), _listed_once("trackers"),
+    _branch_settings_fit, _listed_once("resume_reset"), _listed_once("trackers"),
     _constant_has_no_warmup, _warmup_ends, _export_has_weights, _captions_survive_the_flip,
 )  # fmt: skip

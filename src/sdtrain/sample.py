@@ -6,7 +6,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
 from sdtrain.files import new_folder
-from sdtrain.generation import generate, load_pipeline
+from sdtrain.models.pipelines import generate, load_pipeline
 from sdtrain.params import SampleParams
 
 _MIN_CELL_PX = 128

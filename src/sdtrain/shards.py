@@ -103,7 +103,7 @@ class LatentShards:
     def __init__(self, folder: Path, split: str, encoders_fingerprint: str) -> None:
         from safetensors import safe_open
 
-        self.manifest = read_manifest(folder, "latents")
+        self.folder, self.manifest = folder, read_manifest(folder, "latents")
         if self.manifest["encoders_fingerprint"] != encoders_fingerprint:
             raise InputError(
                 f"{folder} was encoded by another base model (VAE and tokenizer "
@@ -113,7 +113,8 @@ class LatentShards:
         shards = self.manifest["splits"][split]
         self._files = [safe_open(folder / shard["file"], framework="pt") for shard in shards]
         self._starts = list(itertools.accumulate((shard["num_rows"] for shard in shards), initial=0))
-        self.has_flipped = bool(shards) and "mean_flipped" in self._files[0].keys()  # noqa: SIM118
+        self._columns = frozenset(self._files[0].keys()) if shards else frozenset()
+        self.has_flipped = "mean_flipped" in self._columns
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -123,9 +124,36 @@ class LatentShards:
         """The pictures' ids, in order."""
         return [name for file in self._files for name in json.loads(file.metadata()["ids"])]
 
-    def read(self, index: int, *names: str) -> "tuple[Tensor, ...]":
-        """Tensors `names` of row `index`, floats as float32: e.g. `mean` [C, h, w], `input_ids` [L]."""
+    def check_columns(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Check that the cache holds these columns, with rows of these shapes.
+
+        Raises:
+            InputError: it lacks one, or holds it in another shape.
+        """
+        for name, shape in shapes.items():
+            if name not in self._columns:
+                raise InputError(
+                    f"{self.folder} has no column {name!r}, which the training method needs; it has "
+                    f"{', '.join(sorted(self._columns))}; run `dvc repro precompute` with the method's params"
+                )
+            found = tuple(self._files[0].get_slice(name).get_shape()[1:])
+            if found != shape:
+                raise InputError(
+                    f"{self.folder}: a row of column {name!r} has shape {found}, the training method needs {shape}; "
+                    "run `dvc repro precompute` with the method's params"
+                )
+
+    def read(self, index: int, *names: str, flipped: bool = False) -> "dict[str, Tensor]":
+        """The columns `names` of row `index`, floats as float32: e.g. `mean` [C, h, w], `input_ids` [L].
+
+        Args:
+            flipped: take those that were cached for the mirrored picture, too, from there.
+        """
         shard = bisect.bisect_right(self._starts, index) - 1
-        row = index - self._starts[shard]
-        found = (self._files[shard].get_slice(name)[row] for name in names)
-        return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in found)
+        row, found = index - self._starts[shard], {}
+        for name in names:
+            mirrored = f"{name}_flipped"
+            stored = mirrored if flipped and mirrored in self._columns else name
+            tensor = self._files[shard].get_slice(stored)[row]
+            found[name] = tensor.float() if tensor.is_floating_point() else tensor
+        return found

@@ -80,7 +80,7 @@ class Repro:
         """Wait for the good end; the whole output."""
         assert self.dvc.wait(timeout=600) == 0, self.output()
         output = self.output()
-        assert not self.first_step or f"goes on from step {self.first_step} of {MAX_STEPS}" in output, output
+        assert not self.first_step or f"resumes from step {self.first_step} of {MAX_STEPS}" in output, output
         return output
 
     def trainer(self) -> psutil.Process:

@@ -12,7 +12,8 @@ from sdtrain.base import resolve_base
 from sdtrain.dataset import build_dataset
 from sdtrain.params import Params
 from sdtrain.precompute import precompute_latents
-from sdtrain.train import train_unet
+from sdtrain.train import train
+from sdtrain.training.files import TrainFiles
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,25 @@ class Workspace:
         self, out: Path, base: Path | None = None, latents: Path | None = None, seed: int = 0, **changes: dict
     ) -> Run:
         AcceleratorState._reset_state(reset_partial_state=True)  # each run chooses its own precision
-        params: Params = self.make_params(**changes)
-        checkpoints, train_curve, validation_curve = out / "checkpoints", out / "train.csv", out / "validation.csv"
-        train_unet(
-            params.train, params.validation, params.precompute, seed, params.model_dump(),
-            base=base or self.base, latents=latents or self.latents, out=checkpoints, metrics=out / "train.json",
-            train_curve=train_curve, speed_curve=out / "train_speed.csv", validation_curve=validation_curve,
-            runs=out / "runs", resume=out / "resume",
-        )  # fmt: skip
-        return Run(checkpoints, out / "train.json", pd.read_csv(train_curve), pd.read_csv(validation_curve))
+        params: Params = self.make_params(**changes).model_copy(update={"seed": seed})
+        files = self.files(out, base=base or self.base, latents=latents or self.latents)
+        train(params, files)
+        return Run(files.checkpoints, files.metrics, *map(pd.read_csv, (files.train_curve, files.validation_curve)))
+
+    def files(self, out: Path, **places: Path) -> TrainFiles:
+        """The places of a run whose results lie in `out`."""
+        ours = {
+            "base": self.base,
+            "latents": self.latents,
+            "checkpoints": out / "checkpoints",
+            "metrics": out / "train.json",
+            "train_curve": out / "train.csv",
+            "speed_curve": out / "train_speed.csv",
+            "validation_curve": out / "validation.csv",
+            "runs": out / "runs",
+            "states": out / "resume",
+        }
+        return TrainFiles(**{**ours, **places})
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import torch
 
 from sdtrain.base import resolve_base
 from sdtrain.errors import InputError
-from sdtrain.models import load_unet
+from sdtrain.models.parts import load_unet
 
 SMALL = {
     "sample_size": 8,

@@ -8,10 +8,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdtrain import telemetry
 from sdtrain.batches import BatchMaker
 from sdtrain.export import export_model
-from sdtrain.train import optimizer_step
+from sdtrain.training.curves import Curves
+from sdtrain.training.step import optimizer_step
 
 ZERO_TERMINAL = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
 
@@ -128,9 +128,9 @@ def test_ema_schedules_give_other_averages(workspace, run, tmp_path, ema):
 def test_compiled_training_computes_the_same(workspace, run, tmp_path):
     compiled = workspace.train(tmp_path, train={"compile": True, "max_steps": 2})
     assert compiled.train_curve.loss.tolist() == pytest.approx(run.train_curve.loss[:2].tolist(), rel=1e-4)
-    from sdtrain.models import load_unet
+    from sdtrain.models.parts import load_unet
 
-    assert load_unet(compiled.checkpoints / "last" / "unet").config.sample_size == 8
+    assert load_unet(compiled.checkpoints / "last" / "raw").config.sample_size == 8
 
 
 class CountReads(TorchDispatchMode):
@@ -163,14 +163,14 @@ def test_nothing_is_read_off_the_device_between_logging_intervals(workspace, tmp
         reads.append(CountReads.reads)
         return facts
 
-    def note(self, facts, original=telemetry.RunLog.step):
+    def note(self, facts, original=Curves.add_step):
         with CountReads():
             original(self, facts)
         reads[-1] += CountReads.reads
 
     monkeypatch.setattr(BatchMaker, "make", make_uncounted)
     monkeypatch.setattr(train_module, "optimizer_step", step)
-    monkeypatch.setattr(telemetry.RunLog, "step", note)
+    monkeypatch.setattr(Curves, "add_step", note)
     workspace.train(tmp_path, train={"log_every_n_steps": 4, "micro_batch_size": 4})
     assert reads == [0, 0, 0, 0]
 

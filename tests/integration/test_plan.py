@@ -62,7 +62,7 @@ def test_the_plan_finds_the_saved_state(command, workspace, tmp_path):
     workspace.train(tmp_path)
     (tmp_path / ".dvc" / "tmp").mkdir(parents=True)
     (tmp_path / "resume").rename(tmp_path / ".dvc" / "tmp" / "resume")
-    assert re.search(r"goes on from .*step-00000004", lines_of(command("plan"))["resume"])
+    assert re.search(r"resumes from .*step-00000004", lines_of(command("plan"))["resume"])
 
 
 def test_before_anything_is_made_the_plan_reads_the_params(command, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from sdtrain.errors import InputError
 from sdtrain.images import decode_rgb, square_pixels
 from sdtrain.manifests import encoders_fingerprint
-from sdtrain.models import load_tokenizer, load_vae, tokenize
+from sdtrain.models.parts import load_tokenizer, load_vae, tokenize
 from sdtrain.precompute import precompute_latents
 from sdtrain.shards import LatentShards, read_dataset
 
@@ -29,7 +29,7 @@ def test_every_row_is_the_vae_s_posterior_and_the_caption_s_tokens(workspace):
     for index in (0, 7, len(rows) - 1):
         pixels = torch.from_numpy(square_pixels(decode_rgb(rows[index]["image"]), 64, True, 0, rows[index]["id"]))
         posterior = vae.encode(pixels[None]).latent_dist
-        mean, logvar, input_ids = shards.read(index, "mean", "logvar", "input_ids")
+        mean, logvar, input_ids = shards.read(index, "mean", "logvar", "input_ids").values()
         torch.testing.assert_close(mean, posterior.mean[0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(logvar, posterior.logvar[0], rtol=1e-3, atol=5e-3)
         assert torch.equal(input_ids, tokenize(tokenizer, [rows[index]["caption"]])[0])
@@ -40,7 +40,7 @@ def test_the_mirror_is_an_encoding_of_its_own(workspace, tmp_path):
     row = next(read_dataset(workspace.dataset, "train"))
     pixels = torch.from_numpy(square_pixels(decode_rgb(row["image"]), 64, True, 0, row["id"]))
     posterior = load_vae(workspace.base).encode(pixels.flip(-1)[None]).latent_dist
-    mean, flipped = shards.read(0, "mean", "mean_flipped")
+    mean, flipped = (shards.read(0, "mean", flipped=flipped)["mean"] for flipped in (False, True))
     torch.testing.assert_close(flipped, posterior.mean[0], rtol=1e-3, atol=1e-3)
     assert (flipped - mean.flip(-1)).abs().mean() > 0.05, "latents can't be flipped"
 

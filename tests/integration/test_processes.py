@@ -98,7 +98,7 @@ def test_a_run_moves_between_numbers_of_processes_and_nodes(workspace, alone, tm
     nodes = [place.start(**common, NODE_RANK=rank) for rank in range(2)]
     outputs = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
-    assert f"goes on from step {saved} of {NUM_STEPS}" in outputs[0]
+    assert f"resumes from step {saved} of {NUM_STEPS}" in outputs[0]
     assert_same_curves(alone, place)
     config = json.loads((place.folder / "data" / "checkpoints" / "last" / "training_config.json").read_text())
     assert config["step"] == NUM_STEPS

@@ -38,7 +38,7 @@ assert not any(name.split(".")[0] == "sdtrain" for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", script, model, tmp_path / "unet.pt"], check=True, cwd=tmp_path)
     exported = torch.load(tmp_path / "unet.pt", weights_only=True)
-    trained = load_file(run.checkpoints / "best" / "unet_ema" / "diffusion_pytorch_model.safetensors")
+    trained = load_file(run.checkpoints / "best" / "ema" / "diffusion_pytorch_model.safetensors")
     assert exported.keys() == trained.keys()
     assert all(torch.equal(exported[name], trained[name]) for name in trained)
 
@@ -64,7 +64,7 @@ def test_fp16_export_is_half_as_large_and_close(workspace, run, model, tmp_path)
     export_model(params.export, workspace.base, run.checkpoints, tmp_path / "model")
     path = "unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "model" / path).stat().st_size < 0.55 * (model / path).stat().st_size
-    raw = load_file(run.checkpoints / "last" / "unet" / "diffusion_pytorch_model.safetensors")
+    raw = load_file(run.checkpoints / "last" / "raw" / "diffusion_pytorch_model.safetensors")
     half = load_file(tmp_path / "model" / path)
     assert all(torch.equal(half[name], raw[name].half()) for name in raw)
 

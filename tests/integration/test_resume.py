@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from sdtrain import train as train_module
+from sdtrain.batches import BatchMaker
 from sdtrain.errors import InputError
-from sdtrain.optimization import build_optimizer
 from sdtrain.resume import StateStore, _flat, _nested, read_state
+from sdtrain.training.optimizer import build_optimizer
 
 STEPS = {"max_steps": 6, "save_every_n_steps": 2, "log_every_n_steps": 4}
 OPEN = {**STEPS, "lr_scheduler": "constant"}
@@ -21,16 +22,15 @@ OPEN = {**STEPS, "lr_scheduler": "constant"}
 
 def stopped_after(monkeypatch, steps: int, number: int = signal.SIGTERM):
     """Send this process a signal in the middle of the step that makes it `steps`."""
-    original = train_module.diffusion_losses
-    made = []
+    original, made = BatchMaker.make, []
 
-    def losses(s, batch, *arguments):
-        made.append(batch)
-        if len(made) == steps * s.num_micro_batches:
+    def make(self, step, *arguments):
+        made.append(step)
+        if len(made) == steps + 1:  # the first looks at the latents before training
             os.kill(os.getpid(), number)
-        return original(s, batch, *arguments)
+        return original(self, step, *arguments)
 
-    monkeypatch.setattr(train_module, "diffusion_losses", losses)
+    monkeypatch.setattr(BatchMaker, "make", make)
 
 
 def killed_in(monkeypatch, name: str, call: int):
@@ -86,7 +86,7 @@ def test_a_signal_ends_the_step_saves_and_exits(workspace, whole, tmp_path, monk
     assert [path.name for path in (tmp_path / "resume").glob("*/step-*")] == [f"step-{steps:08}"]
     assert not (tmp_path / "checkpoints").exists()
     workspace.train(tmp_path, train=STEPS)
-    assert f"goes on from step {steps} of 6" in capfd.readouterr().out
+    assert f"resumes from step {steps} of 6" in capfd.readouterr().out
     assert_same(tmp_path, whole)
 
 
@@ -146,7 +146,7 @@ def test_never_starts_over(workspace, whole, tmp_path, capfd):
     shutil.copytree(whole / "resume", tmp_path / "resume")
     workspace.train(tmp_path, train={**STEPS, "resume": "never"})
     out = capfd.readouterr().out
-    assert "goes on from" not in out
+    assert "resumes from" not in out
     assert "step 0: held-out loss" in out
 
 
@@ -182,7 +182,7 @@ def test_params_that_change_no_weight_keep_the_state(workspace, whole, tmp_path,
         train={**STEPS, "micro_batch_size": 4, "num_saved_runs": 9, "save_every_n_steps": 3, "trackers": []},
         validation={"guidance_scale": 2.0},
     )
-    assert "goes on from step 6 of 6" in capfd.readouterr().out
+    assert "resumes from step 6 of 6" in capfd.readouterr().out
 
 
 def test_a_second_trainer_of_the_same_run_is_refused(workspace, whole, tmp_path):
@@ -220,8 +220,12 @@ def newest(out):
     return sorted((out / "resume").glob("*/step-*"))[-1]
 
 
+def from_(source) -> dict:
+    return {"resume": "branch", "branch_from": str(source)}
+
+
 def branch(workspace, whole, out, source=None, **changes):
-    return workspace.train(out, train={**STEPS, "max_steps": 8, "resume": str(source or newest(whole)), **changes})
+    return workspace.train(out, train={**STEPS, "max_steps": 8, **from_(source or newest(whole)), **changes})
 
 
 def test_a_branch_with_a_reset_schedule_records_it(workspace, whole, tmp_path, capfd):
@@ -238,9 +242,9 @@ def test_a_branch_with_a_reset_schedule_records_it(workspace, whole, tmp_path, c
 def test_a_branch_without_changes_goes_on_exactly(workspace, tmp_path):
     """From a state of its own past, under another seed of nothing: only the origin's name differs."""
     workspace.train(tmp_path / "a", train={**OPEN, "max_steps": 4})
-    branched = workspace.train(tmp_path / "b", train={**OPEN, "resume": str(newest(tmp_path / "a"))})
+    branched = workspace.train(tmp_path / "b", train={**OPEN, **from_(newest(tmp_path / "a"))})
     whole = workspace.train(tmp_path / "c", train=OPEN)
-    name = "last/unet_ema/diffusion_pytorch_model.safetensors"
+    name = "last/ema/diffusion_pytorch_model.safetensors"
     assert (branched.checkpoints / name).read_bytes() == (whole.checkpoints / name).read_bytes()
 
 
@@ -316,7 +320,7 @@ def test_a_branch_point_inside_another_run_is_not_pruned(workspace, whole, tmp_p
 def test_a_branch_that_adds_an_average_starts_it_at_its_weights(workspace, tmp_path):
     raw = {"export": {"weights": "raw"}}
     workspace.train(tmp_path / "a", train={**OPEN, "max_steps": 4, "use_ema": False}, **raw)
-    start = {**OPEN, "resume": str(newest(tmp_path / "a"))}
+    start = {**OPEN, **from_(newest(tmp_path / "a"))}
     curve = workspace.train(tmp_path / "b", train=start).validation_curve
     assert curve.step.tolist() == [0, 4, 6]
     assert curve.loss_ema[1] == curve.loss_raw[1] != curve.loss_raw[0]
@@ -388,5 +392,5 @@ def test_steps_that_fp16_skips_are_counted_and_change_no_curve(workspace, tmp_pa
 def test_fp16_takes_the_optimizer_that_tells_of_skipped_steps(workspace):
     layer = torch.nn.Linear(2, 2)
     all_params = [workspace.make_params(train={"precision": name}).train for name in ("fp32", "bf16", "fp16")]
-    optimizers = [build_optimizer(layer, params, torch.device("cpu")) for params in all_params]
+    optimizers = [build_optimizer(layer.parameters(), params, torch.device("cpu")) for params in all_params]
     assert [optimizer.defaults["fused"] for optimizer in optimizers] == [True, True, False]

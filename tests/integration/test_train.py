@@ -9,20 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sdtrain.checkpoints import load_checkpoint
 from sdtrain.errors import InputError
-from sdtrain.generation import build_pipeline
-from sdtrain.identity import fingerprint
-from sdtrain.models import load_scheduler, load_unet
+from sdtrain.models.parts import load_parts, load_unet
 from sdtrain.precompute import precompute_latents
+from sdtrain.training.identity import fingerprint
 
 
-def weights(run, checkpoint="last", kind="unet"):
+def weights(run, checkpoint="last", kind="raw"):
     return load_file(run.checkpoints / checkpoint / kind / "diffusion_pytorch_model.safetensors")
 
 
 def test_the_same_params_give_the_same_bits(workspace, run, tmp_path):
     again = workspace.train(tmp_path)
-    for kind in ("unet", "unet_ema"):
+    for kind in ("raw", "ema"):
         one, two = weights(run, kind=kind), weights(again, kind=kind)
         assert all(torch.equal(one[name], two[name]) for name in one)
     assert again.train_curve.equals(run.train_curve)
@@ -54,7 +54,7 @@ def test_ema_follows_its_formula(workspace, tmp_path):
     steady = {"lr_scheduler": "constant", "lr_warmup_steps": 0}
     first = weights(workspace.train(tmp_path / "one", train={**steady, "max_steps": 1}))
     two = workspace.train(tmp_path / "two", train={**steady, "max_steps": 2})
-    second, average = weights(two), weights(two, kind="unet_ema")
+    second, average = weights(two), weights(two, kind="ema")
     decay = 2 / 11
     for name in first:
         torch.testing.assert_close(
@@ -64,7 +64,7 @@ def test_ema_follows_its_formula(workspace, tmp_path):
 
 def test_without_ema_no_ema_is_kept(workspace, tmp_path):
     run = workspace.train(tmp_path, train={"use_ema": False}, export={"weights": "raw"})
-    assert not (run.checkpoints / "last" / "unet_ema").exists()
+    assert not (run.checkpoints / "last" / "ema").exists()
     assert run.validation_curve.loss_ema.isna().all()
 
 
@@ -86,7 +86,12 @@ def test_checkpoints_hold_what_made_them(run, workspace):
     assert config["params"] == workspace.make_params().model_dump()
     assert config["fingerprint"] == fingerprint(config["identity"])
     assert {"torch", "diffusers", "transformers", "accelerate"} < set(config["identity"]["libraries"])
-    assert set(config["identity"]["code"]) >= {"train", "batches", "diffusion", "randomness"}
+    assert set(config["identity"]["code"]) >= {
+        "sdtrain.training.step",
+        "sdtrain.batches",
+        "sdtrain.diffusion",
+        "sdtrain.randomness",
+    }
     assert config["resumed_from"] is None
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     assert config["git_commit"] == (commit or None)
@@ -185,9 +190,9 @@ def test_the_unet_remembers_the_size_it_was_trained_at(workspace, tmp_path):
     run = workspace.train(
         tmp_path / "run", base=base, latents=latents, train={"max_steps": 1}, precompute={"resolution": 128}
     )
-    unet = load_unet(run.checkpoints / "best" / "unet")
-    assert unet.config.sample_size == 16
-    assert build_pipeline(base, unet, load_scheduler(base)).unet.config.sample_size == 16
+    assert load_unet(run.checkpoints / "best" / "raw").config.sample_size == 16
+    method, scheduler, _ = load_checkpoint(run.checkpoints / "best", None, load_parts(base))
+    assert method.pipeline(scheduler).unet.config.sample_size == 16
 
 
 def test_restarts_and_power_reach_the_schedule(workspace, tmp_path):
@@ -202,6 +207,6 @@ def test_restarts_and_power_reach_the_schedule(workspace, tmp_path):
 
 
 def test_checkpoint_loads_as_a_plain_diffusers_unet(run):
-    unet = load_unet(run.checkpoints / "best" / "unet_ema")
+    unet = load_unet(run.checkpoints / "best" / "ema")
     assert not any(p.requires_grad for p in unet.parameters())
     assert unet.dtype == torch.float32

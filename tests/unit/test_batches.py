@@ -24,16 +24,17 @@ class Shards:
     def __len__(self) -> int:
         return self.num_rows
 
-    def read(self, index: int, *names: str) -> tuple[torch.Tensor, ...]:
+    def check_columns(self, shapes: dict) -> None:
+        assert not shapes
+
+    def read(self, index: int, *names: str, flipped: bool = False) -> dict[str, torch.Tensor]:
         shape = (1, 2, 2)
         values = {
-            "mean": torch.full(shape, float(index)),
-            "mean_flipped": torch.full(shape, -float(index)),
+            "mean": torch.full(shape, -float(index) if flipped else float(index)),
             "logvar": torch.full(shape, self.logvar),
-            "logvar_flipped": torch.full(shape, self.logvar),
             "input_ids": torch.full((4,), index),
         }
-        return tuple(values[name] for name in names)
+        return {name: values[name] for name in names}
 
 
 def maker(shards, batch_size=6, seed=0, scaling_factor=1.0, **changes):

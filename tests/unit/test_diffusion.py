@@ -10,8 +10,8 @@ from sdtrain.diffusion import (
     add_noise,
     mid_bin_timesteps,
     min_snr_weights,
+    prediction_target,
     signal_to_noise_ratio,
-    target,
     to_epsilon,
 )
 
@@ -35,18 +35,18 @@ def test_add_noise_equals_diffusers_at_every_timestep():
 
 
 def test_velocity_equals_diffusers_at_every_timestep():
-    ours = target(LATENTS, NOISE, EVERY_TIMESTEP, ALPHAS, "v_prediction")
+    ours = prediction_target(LATENTS, NOISE, EVERY_TIMESTEP, ALPHAS, "v_prediction")
     assert_close(ours, SCHEDULER.get_velocity(LATENTS, NOISE, EVERY_TIMESTEP), rtol=0, atol=1e-6)
 
 
 def test_epsilon_target_is_the_noise():
-    assert torch.equal(target(LATENTS, NOISE, EVERY_TIMESTEP, ALPHAS, "epsilon"), NOISE)
+    assert torch.equal(prediction_target(LATENTS, NOISE, EVERY_TIMESTEP, ALPHAS, "epsilon"), NOISE)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_to_epsilon_inverts_target(prediction_type):
     noisy = add_noise(LATENTS, NOISE, EVERY_TIMESTEP, ALPHAS)
-    pred = target(LATENTS, NOISE, EVERY_TIMESTEP, ALPHAS, prediction_type)
+    pred = prediction_target(LATENTS, NOISE, EVERY_TIMESTEP, ALPHAS, prediction_type)
     assert_close(to_epsilon(pred, noisy, EVERY_TIMESTEP, ALPHAS, prediction_type), NOISE, rtol=0, atol=2e-6)
 
 
@@ -69,7 +69,9 @@ def test_rates_of_each_row_by_hand():
     latents, noise = torch.full((2, 1, 1, 1), 10.0), torch.full((2, 1, 1, 1), 5.0)
     timesteps = torch.tensor([1, 0])
     assert_close(add_noise(latents, noise, timesteps, alphas).flatten(), torch.tensor([10.0, 11.0]))
-    assert_close(target(latents, noise, timesteps, alphas, "v_prediction").flatten(), torch.tensor([-5.0, -2.0]))
+    assert_close(
+        prediction_target(latents, noise, timesteps, alphas, "v_prediction").flatten(), torch.tensor([-5.0, -2.0])
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_errors_of_epsilon_and_velocity_in_terms_of_x0():
         return (noisy - rates.sqrt() * latents) / (1 - rates).sqrt()
 
     for prediction_type, factor in (("epsilon", snr), ("v_prediction", snr + 1)):
-        one, two = (target(x, noise_of(x), EVERY_TIMESTEP, alphas, prediction_type) for x in (guess, other))
+        one, two = (prediction_target(x, noise_of(x), EVERY_TIMESTEP, alphas, prediction_type) for x in (guess, other))
         error = (one - two).square().mean(dim=(1, 2, 3))
         assert_close(error / 0.01, factor, rtol=1e-6, atol=1e-9)
 
@@ -152,7 +154,7 @@ def test_zero_terminal_snr_schedule_equals_diffusers():
     alphas = ZERO_TERMINAL.alphas_cumprod
     noisy = add_noise(LATENTS, NOISE, EVERY_TIMESTEP, alphas)
     assert_close(noisy, ZERO_TERMINAL.add_noise(LATENTS, NOISE, EVERY_TIMESTEP), rtol=0, atol=1e-6)
-    velocity = target(LATENTS, NOISE, EVERY_TIMESTEP, alphas, "v_prediction")
+    velocity = prediction_target(LATENTS, NOISE, EVERY_TIMESTEP, alphas, "v_prediction")
     assert_close(velocity, ZERO_TERMINAL.get_velocity(LATENTS, NOISE, EVERY_TIMESTEP), rtol=0, atol=1e-6)
     assert torch.equal(noisy[999], NOISE[999])
     assert torch.equal(velocity[999], -LATENTS[999])

@@ -3,13 +3,15 @@
 import pytest
 import torch
 
-from sdtrain.ema import PowerFunctionEMA, averaged, build_ema, power_exponent
+from sdtrain.models.ema import PowerFunctionEMA, averaged, build_ema, power_exponent
 from sdtrain.params import check_params
 from tests.conftest import shrunk_tree
 
 
 def build(**changes):
-    return build_ema(torch.nn.Linear(2, 2), check_params(shrunk_tree(train=changes, export={"weights": "raw"})).train)
+    return build_ema(
+        torch.nn.Linear(2, 2).parameters(), check_params(shrunk_tree(train=changes, export={"weights": "raw"})).train
+    )
 
 
 def test_ramp_is_diffusers_default():
@@ -54,6 +56,6 @@ def test_averaged_gives_the_weights_back_to_the_bit():
     ema = PowerFunctionEMA(layer.parameters(), 0.1)
     layer.weight.data += 0.1
     before = layer.weight.clone()
-    with averaged(layer, ema):
+    with averaged(layer.parameters(), ema):
         assert not torch.equal(layer.weight, before)
     assert torch.equal(layer.weight, before)

@@ -1,8 +1,6 @@
 """Which pictures the held-out loss asks about."""
 
-from types import SimpleNamespace
-
-from sdtrain.heldout import HeldOut
+from sdtrain.evaluation.held_out import HeldOut
 from sdtrain.randomness import generator
 
 
@@ -15,9 +13,8 @@ class Shards:
 
 
 def held_out(max_samples: int) -> HeldOut:
-    encoder = SimpleNamespace()
     sizes = {"num_train_timesteps": 1000, "num_timesteps": 2, "batch_size": 4}
-    return HeldOut(Shards(), encoder, 1.0, max_samples=max_samples, **sizes)
+    return HeldOut(Shards(), 1.0, max_samples=max_samples, **sizes)
 
 
 def test_every_class_of_a_sorted_split_is_asked_about():

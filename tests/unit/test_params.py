@@ -213,8 +213,12 @@ RULE_CASES = [
         "train.resume_reset = ['lr']: has no effect with train.resume = 'auto'",
     ),
     (
-        {"train__resume": "somewhere", "train__resume_reset": ["lr", "lr"]},
+        {"train__resume": "branch", "train__resume_reset": ["lr", "lr"]},
         "train.resume_reset = ['lr', 'lr']: names one twice",
+    ),
+    (
+        {"train__branch_from": "a/path"},
+        "train.branch_from = 'a/path': has no effect with train.resume = 'auto'; set train.resume: branch",
     ),
     ({"train__trackers": ["wandb", "wandb"]}, "train.trackers = ['wandb', 'wandb']: names one twice"),
     ({"base__vae_revision": "main"}, "base.vae_revision = 'main': has no effect without base.vae_repo"),
@@ -279,7 +283,7 @@ def test_every_rule_has_a_case():
         {"train__zero_terminal_snr": True, "train__prediction_type": "v_prediction"},
         {"train__ema_schedule": "warmup", "train__ema_inv_gamma": 1.0, "train__ema_power": 0.75},
         {"train__ema_schedule": "power_function", "train__ema_sigma_rel": 0.1, "train__ema_decay": None},
-        {"train__resume": "a/path", "train__resume_reset": ["optimizer", "lr"]},
+        {"train__resume": "branch", "train__branch_from": "a/path", "train__resume_reset": ["optimizer", "lr"]},
         {"train__trackers": []},
     ],
 )

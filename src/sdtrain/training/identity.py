@@ -1,15 +1,19 @@
 """What determines a run's weights, as a tree whose hash names the run; and how two such trees differ."""
 
-import ast
-import hashlib
+import inspect
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from sdtrain.files import sha256_json
+from sdtrain.evaluation import held_out
+from sdtrain.files import sha256_file, sha256_json
+from sdtrain.imports import SOURCE, import_closure
 from sdtrain.manifests import read_manifest
-from sdtrain.optimization import OPEN_ENDED
-from sdtrain.params import TrainParams, ValidationParams
+from sdtrain.methods import METHODS, method
+from sdtrain.params import Params
+from sdtrain.training import step
+from sdtrain.training.files import TrainFiles
+from sdtrain.training.optimizer import OPEN_ENDED
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "safetensors")
 _CONTINUATION = {"resume", "resume_reset", "save_every_n_steps", "num_saved_runs", "trackers"}
@@ -18,28 +22,25 @@ _SPLIT = {"micro_batch_size", "gradient_checkpointing"}
 """How the same sums are cut up; they change rounding, and a run may move from one machine to another."""
 _LENGTH = {"max_steps", "max_epochs"}
 """Stand in `num_steps`, where the learning rate's schedule depends on it."""
-_PICTURES = {"prompts", "num_inference_steps", "guidance_scale", "batch_size"}
+_IMAGES = {"prompts", "num_inference_steps", "guidance_scale", "batch_size"}
 """Drawn beside the run; and the split of the held-out loss."""
 
 
-def training_identity(
-    train: TrainParams,
-    validation: ValidationParams,
-    seed: int,
-    num_steps: int,
-    base: Path,
-    latents: Path,
-    origin: dict | None,
-) -> dict:
+_NOT_COMPUTING = ("sdtrain", "sdtrain.errors", "sdtrain.methods", "sdtrain.params*", "sdtrain.rules")
+"""The version; the exception; the table of all methods; and the schema of params, whose values are in the identity."""
+
+
+def training_identity(params: Params, files: TrainFiles, num_steps: int, origin: dict | None) -> dict:
     """The identity of a training run: params, length, base, data, code, libraries and where it branched from."""
     return {
-        "seed": seed,
-        "train": train.model_dump(exclude=_CONTINUATION | _SPLIT | _LENGTH),
-        "validation": validation.model_dump(exclude=_PICTURES),
-        "num_steps": None if train.lr_scheduler in OPEN_ENDED else num_steps,
-        "base": sha256_json(read_manifest(base, "base")["files"]),
-        "latents": sha256_json(read_manifest(latents, "latents")),
-        "code": code_hashes("train"),
+        "seed": params.seed,
+        "method": params.method.model_dump(),
+        "train": params.train.model_dump(exclude=_CONTINUATION | _SPLIT | _LENGTH),
+        "validation": params.validation.model_dump(exclude=_IMAGES),
+        "num_steps": None if params.train.lr_scheduler in OPEN_ENDED else num_steps,
+        "base": sha256_json(read_manifest(files.base, "base")["files"]),
+        "latents": sha256_json(read_manifest(files.latents, "latents")),
+        "code": code_hashes(params.method.name),
         "libraries": library_versions(),
         "origin": origin,
     }
@@ -68,7 +69,7 @@ def describe(found: dict[str, tuple]) -> str:
     for name, (theirs, ours) in found.items():
         section, _, rest = name.partition(".")
         if section == "code":
-            texts.append(f"the code of {rest}.py")
+            texts.append(f"the code of {rest}")
         elif section in ("base", "latents"):
             texts.append(f"data/{section}")
         elif name == "num_steps":
@@ -81,21 +82,24 @@ def describe(found: dict[str, tuple]) -> str:
     return "; ".join(texts)
 
 
-def code_hashes(module: str) -> dict[str, str]:
-    """SHA-256 of a module of this package and of those that it imports, directly or not."""
-    folder, hashes, names = Path(__file__).parent, {}, [module]
-    while names:
-        name = names.pop()
-        path = folder / f"{name}.py"
-        if name in hashes or not path.exists():
-            continue
-        source = path.read_bytes()
-        hashes[name] = hashlib.sha256(source).hexdigest()
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sdtrain":
-                parts = node.module.split(".")
-                names += [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
-    return dict(sorted(hashes.items()))
+def code_hashes(method_name: str) -> dict[str, str]:
+    """SHA-256 of the modules that compute: the step, the held-out loss, this method, and all that they import.
+
+    What checks, saves and talks isn't among them: a new wording makes no other run.
+
+    Raises:
+        ImportError: one of them imports a module of this package that can't be found.
+    """
+    computing = (step, held_out, method, inspect.getmodule(METHODS[method_name].build))
+    files = [Path(module.__file__).resolve() for module in computing]
+    found = {_module_name(file): file for file in files}
+    found |= import_closure(files, {"sdtrain": SOURCE}, skip=_NOT_COMPUTING)
+    return {name: sha256_file(file) for name, file in sorted(found.items())}
+
+
+def _module_name(file: Path) -> str:
+    inside = file.is_relative_to(SOURCE)
+    return ".".join(file.relative_to(SOURCE).with_suffix("").parts) if inside else file.stem
 
 
 def library_versions() -> dict[str, str]:

@@ -1,26 +1,30 @@
 """What a training run needs in memory and on disk, known before it starts: nothing is allocated or computed.
 
 Weights and the states of optimizer and EMA are counted. Activations are measured: one micro-batch goes
-forward and backward through the UNet on torch's meta device, whose tensors have a shape, a dtype and a
-lifetime but no data, while the bytes alive at the same time are added up.
+forward and backward through the method's loss passes on torch's meta device, whose tensors have a shape, a dtype
+and a lifetime but no data, while the bytes alive at the same time are added up.
 """
 
 import math
 import weakref
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+
+from sdtrain.batches import Batch
+from sdtrain.diffusion import Objective
+from sdtrain.methods import build_method
+from sdtrain.methods.method import Method, enable_gradient_checkpointing, trained_parameters
+from sdtrain.models.parts import Configs, meta_parts
+from sdtrain.params import Section, TrainParams
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The UNet's part of CUDA autocast's lists (ATen/autocast_mode.h); the CPU's autocast casts none of _IN_FP32.
@@ -33,13 +37,14 @@ class Costs:
     """Bytes of one process; with several, DDP holds the gradients once more, in buckets."""
 
     num_parameters: int
-    """Of the UNet, all of which are trained."""
+    """What trains."""
     weights_bytes: int
+    """Of what trains."""
     gradients_bytes: int
     optimizer_bytes: int
     ema_bytes: int
     frozen_bytes: int
-    """VAE and text encoder."""
+    """All other weights: the VAE, the text encoder, and what the method leaves of the UNet."""
     activations_bytes: int
     """The most that forward and backward pass of one micro-batch hold beside all the above."""
 
@@ -57,7 +62,7 @@ class Costs:
 
     @property
     def state_bytes(self) -> int:
-        """On disk: what training needs to go on where it stopped."""
+        """On disk: what training needs to resume."""
         return self.checkpoint_bytes + self.optimizer_bytes
 
     @property
@@ -66,55 +71,51 @@ class Costs:
         return self.weights_bytes + self.ema_bytes
 
 
-def training_costs(
-    unet_config: dict,
-    latent_shape: tuple[int, int, int],
-    *,
-    sequence_length: int,
-    micro_batch_size: int,
-    precision: Literal["fp32", "bf16", "fp16"],
-    gradient_checkpointing: bool,
-    optimizer: Literal["adamw", "adamw_8bit"],
-    use_ema: bool,
-    frozen_parameters: int,
-) -> Costs:
-    """Estimate what training a UNet of this config costs; takes about a second for Stable Diffusion 1.5's.
+def training_costs(configs: Configs, method: Section, train: TrainParams, latent_shape: tuple[int, int, int]) -> Costs:
+    """Estimate what training costs; takes about a second for Stable Diffusion 1.5.
 
     Activations are a GPU's: CUDA's autocast, whose 16-bit copies of the weights can make 16 bit the larger
     choice at small batches, and fused attention, which keeps no attention matrix (the `math` kernel does).
     Held against PyTorch's profiler on a CPU: fp32 within 2 %, but for some MiB of buffers inside kernels; bf16
     up to 25 % too high, because the CPU's autocast leaves norms in bf16. No GPU has been measured. Left out are
     the CUDA context, cuDNN's and cuBLAS's workspaces, the allocator's rounding and fragmentation,
-    torch.compile, the text encoder's forward pass, and validation with its pictures.
+    torch.compile, and validation with its images.
 
     Args:
-        latent_shape: channels, height and width of one latent: (4, 64, 64) for 512 px.
-        sequence_length: tokens per caption, padding included: 77 for CLIP.
-        frozen_parameters: of VAE and text encoder together, held in fp32; see `count_parameters`.
+        method: the section of params.yaml.
+        latent_shape: channels, height and width of one latent.
     """
+    parts = meta_parts(configs, sample_size=latent_shape[-1])
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config)
-    num_parameters = sum(p.numel() for p in unet.parameters())
+        built = build_method(method, parts)
+    weights, modules = trained_parameters(built), (*parts.modules(), built.trained)
+    all_weights = {id(p): p for module in modules for p in module.parameters()}
+    num_parameters = sum(p.numel() for p in weights.values())
     return Costs(
         num_parameters=num_parameters,
         weights_bytes=4 * num_parameters,
         gradients_bytes=4 * num_parameters,
-        optimizer_bytes=sum(_optimizer_bytes(p.numel(), optimizer) for p in unet.parameters()),
-        ema_bytes=4 * num_parameters if use_ema else 0,
-        frozen_bytes=4 * frozen_parameters,
+        optimizer_bytes=sum(_optimizer_bytes(p.numel(), train.optimizer) for p in weights.values()),
+        ema_bytes=4 * num_parameters if train.use_ema else 0,
+        frozen_bytes=4 * (sum(p.numel() for p in all_weights.values()) - num_parameters),
         activations_bytes=_activations_bytes(
-            unet, (micro_batch_size, *latent_shape), sequence_length, _AUTOCAST[precision], gradient_checkpointing
+            built,
+            modules,
+            _meta_batch(configs, built, train.micro_batch_size, latent_shape),
+            Objective(torch.empty(1000, device="meta"), train.prediction_type, train.snr_gamma),
+            _AUTOCAST[train.precision],
+            train.gradient_checkpointing,
         ),
     )
 
 
-def count_parameters(build: Callable[[], nn.Module]) -> int:
-    """Parameters of the module that `build` returns, built on the meta device, so without its weights.
-
-    `count_parameters(lambda: AutoencoderKL.from_config(vae_config))` is 83,653,863 for Stable Diffusion 1.5.
-    """
+def _meta_batch(configs: Configs, method: Method, size: int, latent_shape: tuple[int, int, int]) -> Batch:
     with torch.device("meta"):
-        return sum(p.numel() for p in build().parameters())
+        latents, noise, input_noise = (torch.empty(size, *latent_shape) for _ in range(3))
+        timesteps = torch.empty(size, dtype=torch.long)
+        input_ids = torch.empty(size, configs.text_encoder["max_position_embeddings"], dtype=torch.long)
+        columns = {name: torch.empty(size, *shape) for name, shape in method.columns.items()}
+    return Batch(latents, noise, input_noise, timesteps, input_ids, columns)
 
 
 def _optimizer_bytes(num_elements: int, optimizer: str) -> int:
@@ -129,27 +130,28 @@ def _optimizer_bytes(num_elements: int, optimizer: str) -> int:
 
 
 def _activations_bytes(
-    unet: UNet2DConditionModel,
-    batch_shape: tuple[int, ...],
-    sequence_length: int,
+    method: Method,
+    modules: tuple[nn.Module, ...],
+    batch: Batch,
+    objective: Objective,
     dtype: torch.dtype | None,
     gradient_checkpointing: bool,
 ) -> int:
-    """Peak bytes of one forward and backward pass beside weights and gradients; `unet` lies on the meta device."""
+    """Peak bytes of one pass forward and backward beside the modules' weights and gradients; all on the meta device."""
     if gradient_checkpointing:  # as Diffusers does it, and each segment is recomputed under autocast
-        unet.enable_gradient_checkpointing(
-            partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), _GpuKernels(dtype)))
-        )
-    for parameter in unet.parameters():
-        parameter.grad = torch.empty_like(parameter)
-    lasting = [tensor for parameter in unet.parameters() for tensor in (parameter, parameter.grad)]
-    with _LiveBytes([*lasting, *unet.buffers()]) as memory, torch.device("meta"):
-        noisy_latents, target = torch.empty(batch_shape), torch.empty(batch_shape)
-        timesteps = torch.empty(batch_shape[0], dtype=torch.long)
-        encoder_hidden_states = torch.empty(batch_shape[0], sequence_length, unet.config.cross_attention_dim)
-        with _GpuKernels(dtype):
-            model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
-        F.mse_loss(model_pred.float(), target).backward()
+        recompute = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), _GpuKernels(dtype)))
+        enable_gradient_checkpointing(modules, recompute)
+    weights = [p for module in modules for p in (*module.parameters(), *module.buffers())]
+    for parameter in weights:
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+    gradients = [parameter.grad for parameter in weights if parameter.grad is not None]
+    with _LiveBytes([*weights, *gradients]) as memory, torch.device("meta"):
+        for loss_pass in method.losses:
+            with _GpuKernels(dtype):
+                loss = loss_pass(method.trained, batch, objective)["loss"].mean()
+            loss.backward()
+            del loss
     return memory.peak
 
 
@@ -168,6 +170,8 @@ class _GpuKernels(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, compute_log_sumexp=True)[0]
+        if not torch.is_grad_enabled():  # frozen encoders compute in fp32
+            return func(*args, **(kwargs or {}))
         if self._dtype is not None and func in _IN_LOW_PRECISION:
             args = [self._cast(arg, self._dtype) for arg in args]
         elif self._dtype is not None and func in _IN_FP32:

@@ -2,14 +2,17 @@
 
 import importlib.util
 import math
+from collections.abc import Iterable
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from sdtrain.errors import InputError
 from sdtrain.params import TrainParams
+from sdtrain.schedules import scaled_lr
 
 OPEN_ENDED = ("constant", "constant_with_warmup", "piecewise_constant")
 """Schedules whose rate at a step doesn't depend on the run's length, so that a run can be extended."""
@@ -18,14 +21,14 @@ _FUSED = ("cuda", "cpu", "mps", "xpu")
 """Devices for which PyTorch has a fused AdamW."""
 
 
-def build_optimizer(unet: torch.nn.Module, params: TrainParams, device: torch.device) -> Optimizer:
-    """AdamW over all of the UNet's weights.
+def build_optimizer(weights: Iterable[nn.Parameter], params: TrainParams, device: torch.device) -> Optimizer:
+    """AdamW over the trained weights.
 
     Raises:
         InputError: 8-bit AdamW without a CUDA GPU or without bitsandbytes.
     """
     settings = {
-        "lr": params.scaled_lr,
+        "lr": peak_lr(params),
         "betas": (params.adam_beta1, params.adam_beta2),
         "eps": params.adam_epsilon,
         "weight_decay": params.weight_decay,
@@ -33,7 +36,7 @@ def build_optimizer(unet: torch.nn.Module, params: TrainParams, device: torch.de
     if params.optimizer == "adamw":
         # Under fp16's loss scaling the fused kernel skips a step without telling, and the schedule must know.
         fused = device.type in _FUSED and params.precision != "fp16"
-        return torch.optim.AdamW(unet.parameters(), **settings, fused=fused)
+        return torch.optim.AdamW(weights, **settings, fused=fused)
     if device.type != "cuda":
         raise InputError(
             f"train.optimizer = 'adamw_8bit': needs a CUDA GPU, this run is on the {device.type}; use 'adamw'"
@@ -44,14 +47,14 @@ def build_optimizer(unet: torch.nn.Module, params: TrainParams, device: torch.de
         )
     from bitsandbytes.optim import AdamW8bit
 
-    return AdamW8bit(unet.parameters(), **settings)
+    return AdamW8bit(weights, **settings)
 
 
 def build_lr_scheduler(optimizer: Optimizer, params: TrainParams, num_steps: int, num_done: int) -> LRScheduler:
     """Diffusers' schedule of `num_steps`, of which `num_done` lie behind."""
     if num_done:  # torch then wants to know the rate at the schedule's top
         for group in optimizer.param_groups:
-            group["initial_lr"] = params.scaled_lr
+            group["initial_lr"] = peak_lr(params)
     return get_scheduler(
         params.lr_scheduler,
         optimizer,
@@ -62,6 +65,11 @@ def build_lr_scheduler(optimizer: Optimizer, params: TrainParams, num_steps: int
         power=params.lr_power,
         last_epoch=num_done - 1,
     )
+
+
+def peak_lr(params: TrainParams) -> float:
+    """The learning rate at the scheduler's top."""
+    return scaled_lr(params.lr, params.lr_scaling, params.batch_size, params.lr_reference_batch_size)
 
 
 def count_steps(params: TrainParams, num_train: int) -> int:

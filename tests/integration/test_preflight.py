@@ -8,10 +8,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sdtrain import checks
-from sdtrain.costs import Costs
 from sdtrain.errors import InputError
 from sdtrain.files import read_json, write_json
+from sdtrain.training import preflight
+from sdtrain.training.memory import Costs
 
 
 @pytest.fixture
@@ -84,11 +84,13 @@ def test_a_base_that_predicts_something_else_is_refused(workspace, tmp_path):
 
 def test_a_base_that_predicts_nothing_is_refused_unless_it_is_to_be_trained_from_scratch():
     losses = {"epsilon": 1.02, "v_prediction": 0.8}
-    checks.check_base_loss(losses, "epsilon", from_scratch=True)
+    preflight.check_base_loss(losses, "epsilon", from_scratch=True)
     with pytest.raises(InputError, match=r"loss is 1.020, a trained UNet's lies below 1"):
-        checks.check_base_loss(losses, "epsilon", from_scratch=False)
+        preflight.check_base_loss(losses, "epsilon", from_scratch=False)
     with pytest.raises(InputError, match="loss is nan"):
-        checks.check_base_loss({"epsilon": float("nan"), "v_prediction": float("nan")}, "epsilon", from_scratch=False)
+        preflight.check_base_loss(
+            {"epsilon": float("nan"), "v_prediction": float("nan")}, "epsilon", from_scratch=False
+        )
 
 
 def test_a_zero_terminal_base_must_be_named(workspace, tmp_path):
@@ -104,19 +106,19 @@ COSTS = Costs(10, 100 << 30, 100 << 30, 200 << 30, 100 << 30, 1 << 30, 1 << 30)
 
 def test_a_full_disk_is_told_before_training(tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: free._replace(free=5 << 30))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: free._replace(free=5 << 30))
     with pytest.raises(InputError, match=r"has 5.0 GiB free, saved states and checkpoints need 1200.0 GiB"):
-        checks.check_disk(COSTS, 1, tmp_path / "resume", tmp_path / "out", 0)
+        preflight.check_disk(COSTS, 1, tmp_path / "resume", tmp_path / "out", 0)
     with pytest.raises(InputError, match=r"need 1100.0 GiB"):
-        checks.check_disk(COSTS, 1, tmp_path / "resume", tmp_path / "out", 100 << 30)
+        preflight.check_disk(COSTS, 1, tmp_path / "resume", tmp_path / "out", 100 << 30)
 
 
 def test_too_little_memory_is_told_before_training(monkeypatch, capsys):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(checks, "total_memory_bytes", lambda _: 24 << 30)
+    monkeypatch.setattr(preflight, "total_memory_bytes", lambda _: 24 << 30)
     with pytest.raises(InputError, match=r"alone need about 501.0 GiB, the cpu has 24.0 GiB; use train.optimizer"):
-        checks.check_memory(COSTS, cpu)
-    checks.check_memory(Costs(10, 1 << 30, 1 << 30, 2 << 30, 1 << 30, 1 << 30, 30 << 30), cpu)
+        preflight.check_memory(COSTS, cpu)
+    preflight.check_memory(Costs(10, 1 << 30, 1 << 30, 2 << 30, 1 << 30, 1 << 30, 30 << 30), cpu)
     assert "an estimated 36.0 GiB are needed, the cpu has 24.0 GiB; a smaller train.micro" in capsys.readouterr().out
 
 

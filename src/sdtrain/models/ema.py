@@ -1,24 +1,24 @@
-"""Exponential moving averages of the UNet's weights: Diffusers' EMAModel, and one with EDM2's profile."""
+"""Exponential moving averages of trained weights: Diffusers' EMAModel, and one with EDM2's profile."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from torch import nn
 
 from sdtrain.params import TrainParams
 
 
-def build_ema(unet: UNet2DConditionModel, params: TrainParams) -> EMAModel | None:
-    """The average that the params ask for, starting at the UNet's weights; None where they ask for none."""
+def build_ema(weights: Iterable[nn.Parameter], params: TrainParams) -> EMAModel | None:
+    """The average that the params ask for, starting at these weights; None where they ask for none."""
     if not params.use_ema:
         return None
     if params.ema_schedule == "power_function":
-        return PowerFunctionEMA(unet.parameters(), params.ema_sigma_rel)
+        return PowerFunctionEMA(weights, params.ema_sigma_rel)
     warmup = {"use_ema_warmup": True, "inv_gamma": params.ema_inv_gamma, "power": params.ema_power}
     settings = warmup if params.ema_schedule == "warmup" else {}
-    return EMAModel(unet.parameters(), decay=params.ema_decay, foreach=True, **settings)
+    return EMAModel(weights, decay=params.ema_decay, foreach=True, **settings)
 
 
 class PowerFunctionEMA(EMAModel):
@@ -27,7 +27,7 @@ class PowerFunctionEMA(EMAModel):
     Step t's decay is (1-1/t)^(γ+1), so the weights of step t count in proportion to t^γ.
     """
 
-    def __init__(self, parameters, sigma_rel: float) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], sigma_rel: float) -> None:
         super().__init__(parameters, foreach=True)
         self.exponent = power_exponent(sigma_rel)
 
@@ -42,14 +42,15 @@ def power_exponent(sigma_rel: float) -> float:
 
 
 @contextmanager
-def averaged(unet: UNet2DConditionModel, ema: EMAModel | None) -> Iterator[None]:
-    """Within the context `unet` holds the average; afterwards its own weights again, to the bit."""
+def averaged(weights: Iterable[nn.Parameter], ema: EMAModel | None) -> Iterator[None]:
+    """Within the context the weights hold their average; afterwards their own values again, to the bit."""
     if ema is None:
         yield
         return
-    ema.store(unet.parameters())
-    ema.copy_to(unet.parameters())
+    weights = list(weights)
+    ema.store(weights)
+    ema.copy_to(weights)
     try:
         yield
     finally:
-        ema.restore(unet.parameters())
+        ema.restore(weights)

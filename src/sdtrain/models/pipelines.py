@@ -1,39 +1,22 @@
-"""Pictures from prompts, with stock Diffusers: StableDiffusionPipeline and DPM-Solver++ (Lu et al. 2022)."""
+"""Images from prompts, with stock Diffusers: StableDiffusionPipeline and DPM-Solver++ (Lu et al. 2022)."""
 
 from pathlib import Path
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdtrain.errors import InputError
-from sdtrain.models import hide_progress_bars, load_text_encoder, load_tokenizer, load_vae, pick_device
+from sdtrain.models.parts import Parts, hide_progress_bars, pick_device
 
 
-def build_pipeline(
-    base: Path,
-    unet: UNet2DConditionModel,
-    scheduler: DDPMScheduler,
-    vae: AutoencoderKL | None = None,
-    text_encoder: CLIPTextModel | None = None,
-    tokenizer: CLIPTokenizer | None = None,
-) -> StableDiffusionPipeline:
-    """A pipeline of the base's parts around `unet` on the schedule it was trained on, for DPM-Solver++.
-
-    Parts of the base that are loaded already can be handed in.
-    """
+def build_pipeline(parts: Parts, scheduler: DDPMScheduler) -> StableDiffusionPipeline:
+    """A pipeline of these parts for DPM-Solver++ on the schedule that the UNet was trained with."""
     pipeline = StableDiffusionPipeline(
-        vae=vae or load_vae(base),
-        text_encoder=text_encoder or load_text_encoder(base),
-        tokenizer=tokenizer or load_tokenizer(base),
-        unet=unet,
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=parts.unet,
         scheduler=DPMSolverMultistepScheduler.from_config(scheduler.config),
         safety_checker=None,
         feature_extractor=None,
@@ -67,9 +50,9 @@ def generate(
     guidance_scale: float,
     batch_size: int,
 ) -> list[Image.Image]:
-    """One picture per prompt and seed, RGB, at the UNet's own size.
+    """One image per prompt and seed, RGB, at the UNet's own size.
 
-    Each picture's noise comes from its own seed, so it doesn't depend on the others or on
+    Each image's noise comes from its own seed, so it doesn't depend on the others or on
     `batch_size`, and stock Diffusers draws the same with `torch.Generator("cpu").manual_seed(seed)`.
     """
     assert len(prompts) == len(seeds), f"{len(prompts)} prompts, {len(seeds)} seeds"

@@ -9,10 +9,11 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdtrain.costs import Costs
 from sdtrain.errors import InputError
-from sdtrain.params import PrecomputeParams
+from sdtrain.models.parts import read_configs
+from sdtrain.params import Params, PrecomputeParams
 from sdtrain.shards import PROBE, LatentShards
+from sdtrain.training.memory import Costs, training_costs
 
 _STD_RANGE = (0.4, 2.5)
 """Of scaled latents. The scaling factor makes it about 1; none at all gives about 5.5 for SD's, twice gives 0.18."""
@@ -20,6 +21,15 @@ _MIN_PSNR_DB = 12.0
 """Of the VAE's round trip. A sound VAE reaches 20 and more; a constant grey picture about 10."""
 _MAX_CACHE_ERROR = 0.05
 """Relative L2 distance of cached and fresh means; float16 storage and another device's kernels stay far below."""
+
+
+def estimate_costs(params: Params, base: Path, latent_shape: tuple[int, int, int]) -> Costs:
+    """What training on this base needs.
+
+    Raises:
+        InputError: a config of the base isn't there.
+    """
+    return training_costs(read_configs(base), params.method, params.train, latent_shape)
 
 
 def check_cache(manifest: dict, precompute: PrecomputeParams, seed: int, latents: Path) -> None:
@@ -78,7 +88,7 @@ def check_vae(vae: AutoencoderKL, shards: LatentShards, latents: Path) -> float:
         InputError: the cache is scaled or of another VAE, or the round trip loses the picture.
     """
     pixels = load_file(latents / PROBE)["pixels"].to(vae.device)
-    cached = torch.stack([shards.read(row, "mean")[0] for row in range(len(pixels))]).to(vae.device)
+    cached = torch.stack([shards.read(row, "mean")["mean"] for row in range(len(pixels))]).to(vae.device)
     fresh = vae.encode(pixels).latent_dist.mean
     error = ((cached - fresh).norm() / fresh.norm()).item()
     if not error < _MAX_CACHE_ERROR:

@@ -1,6 +1,5 @@
 """Costs against figures by hand, published ones, and what the real UNet holds on the CPU."""
 
-import json
 import math
 from contextlib import nullcontext
 from functools import cache
@@ -8,43 +7,50 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch.autograd.graph import saved_tensors_hooks
 
-from sdtrain import costs
-from sdtrain.costs import Costs, count_parameters, training_costs
+from sdtrain.models.parts import Configs, read_configs
+from sdtrain.params import check_params
+from sdtrain.training import memory
+from sdtrain.training.memory import Costs, training_costs
+from tests.conftest import shrunk_tree
 
-SD15 = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "attention_head_dim": 8}
-SD15_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-}
-PLAIN = {
-    "sequence_length": 77,
-    "micro_batch_size": 1,
-    "precision": "fp32",
-    "gradient_checkpointing": False,
-    "optimizer": "adamw",
-    "use_ema": True,
-    "frozen_parameters": 0,
-}
+SD15 = Configs(
+    unet={"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "attention_head_dim": 8},
+    vae={
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "latent_channels": 4,
+        "layers_per_block": 2,
+    },
+    text_encoder={
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 77,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "vocab_size": 49408,
+    },
+)
+PLAIN = {"micro_batch_size": 1, "optimizer": "adamw", "use_ema": True}
 
 
-def costs_of(config: dict, latent_shape: tuple[int, int, int], **changes) -> Costs:
-    return training_costs(config, latent_shape, **{**PLAIN, **changes})
+def costs_of(configs: Configs, latent_shape: tuple[int, int, int], **changes) -> Costs:
+    params = check_params(shrunk_tree())
+    return training_costs(configs, params.method, params.train.model_copy(update={**PLAIN, **changes}), latent_shape)
 
 
 @pytest.fixture(scope="module")
 def sd15() -> Costs:
-    return costs_of(SD15, (4, 64, 64), frozen_parameters=206_714_343)
+    return costs_of(SD15, (4, 64, 64))
 
 
 @pytest.fixture(scope="module")
-def tiny(root) -> dict:
-    """Config of the built-in base's UNet, whose latents are [4, 8, 8]."""
-    return json.loads((root / "data/builtin/unet/config.json").read_text())
+def tiny(root) -> Configs:
+    """The built-in base's, whose latents are [4, 8, 8]."""
+    return read_configs(root / "data/builtin")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,7 @@ def activations(tiny):
 @pytest.fixture
 def cpu_autocast(monkeypatch):
     """Autocast as on the CPU, which casts no norm and no interpolation to fp32."""
-    monkeypatch.setattr(costs, "_IN_FP32", frozenset())
+    monkeypatch.setattr(memory, "_IN_FP32", frozenset())
 
 
 def forward(unet: UNet2DConditionModel, batch_size: int, precision: str) -> torch.Tensor:
@@ -95,16 +101,11 @@ def test_without_ema(tiny):
 
 
 def test_8bit_moments_are_a_byte_each_and_a_maximum_per_block(tiny):
-    unet = UNet2DConditionModel.from_config(tiny)
+    unet = UNet2DConditionModel.from_config(tiny.unet)
     sizes = [p.numel() for p in unet.parameters()]
     by_hand = sum(8 * size for size in sizes if size < 4096)
     by_hand += sum(2 * size + 8 * math.ceil(size / 256) for size in sizes if size >= 4096)
     assert costs_of(tiny, (4, 8, 8), optimizer="adamw_8bit").optimizer_bytes == by_hand
-
-
-def test_parameters_are_counted_without_weights(tiny):
-    assert count_parameters(lambda: AutoencoderKL(**SD15_VAE)) == 83_653_863
-    assert count_parameters(lambda: UNet2DConditionModel.from_config(tiny)) == costs_of(tiny, (4, 8, 8)).num_parameters
 
 
 def test_no_attention_matrix_is_kept(sd15):
@@ -135,7 +136,7 @@ def test_checkpointing_needs_less(activations, precision):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_are_what_autograd_really_saves(tiny, precision):
     """Every storage that the real forward pass saves, once, without the weights themselves."""
-    unet = UNet2DConditionModel.from_config(tiny)
+    unet = UNet2DConditionModel.from_config(tiny.unet)
     weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
     saved = {}
 
@@ -155,13 +156,13 @@ def test_activations_are_what_autograd_really_saves(tiny, precision):
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_are_what_a_real_pass_holds_at_its_peak(tiny, precision, gradient_checkpointing):
-    unet = UNet2DConditionModel.from_config(tiny)
+    unet = UNet2DConditionModel.from_config(tiny.unet)
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     for p in unet.parameters():
         p.grad = torch.zeros_like(p)
     lasting = [tensor for p in unet.parameters() for tensor in (p, p.grad)]
-    with costs._LiveBytes(lasting) as real:
+    with memory._LiveBytes(lasting) as real:
         F.mse_loss(forward(unet, 8, precision), torch.zeros(8, 4, 8, 8)).backward()
     estimate = costs_of(
         tiny, (4, 8, 8), micro_batch_size=8, precision=precision, gradient_checkpointing=gradient_checkpointing

@@ -1,0 +1,1 @@
+"""Numbers on pictures that training never sees."""

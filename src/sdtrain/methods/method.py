@@ -1,0 +1,104 @@
+"""What a training method is: what trains, what it sees, and what is minimised.
+
+The loop, the step, saved states, checkpoints, the held-out loss, the memory estimate and the export know
+a `Method` and nothing more; `trained_parameters` is the one definition of a run's weights.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from sdtrain.batches import Batch
+from sdtrain.diffusion import Objective, add_noise, min_snr_weights, prediction_target
+
+LossPass = Callable[[nn.Module, Batch, Objective], dict[str, Tensor]]
+"""From (`trained`, wrapped for several processes; a batch of B rows; the objective) to float32 values of each row,
+[B]: `loss` is minimised, others are only logged."""
+
+Predict = Callable[[nn.Module, Tensor, Tensor, Batch], Tensor]
+"""`Method.predict`."""
+
+
+class Method(Protocol):
+    """What trains, what it sees, what is minimised."""
+
+    trained: nn.Module
+    """Holds the run's weights: its parameters with `requires_grad`. Several processes wrap it in DDP, so a loss pass
+    calls the module that it is given, not this one."""
+    columns: dict[str, tuple[int, ...]]
+    """What its batches need of the latent cache beyond the plain columns: name to the shape of one row. Where the
+    shape depends on the latents', their size is the UNet's `config.sample_size`."""
+    losses: tuple[LossPass, ...]
+    """Each makes one backward pass, and their losses add up. The last one must reach every trained parameter: with
+    several processes it is the one that sums gradients."""
+    logged: tuple[str, ...]
+    """What the loss passes tell beside `loss`: columns of the training curve."""
+
+    def predict(self, model: nn.Module, noisy_latents: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
+        """What the denoiser predicts, [B, C, h, w], in training and for the held-out loss.
+
+        Args:
+            model: `trained`, wrapped or not.
+            noisy_latents: [B, C, h, w].
+            timesteps: int64 [B].
+            batch: the rest of what is known of these rows.
+        """
+
+    def save(self, folder: Path) -> None:
+        """Write the trained weights to an empty folder, in Diffusers' own layout."""
+
+    def load(self, folder: Path) -> None:
+        """Take over the weights that `save` wrote, in place.
+
+        Raises:
+            InputError: they are of another structure.
+        """
+
+    def pipeline(self, scheduler: DDPMScheduler) -> DiffusionPipeline:
+        """A pipeline around the weights as they are, on the schedule that they were trained with."""
+
+
+def trained_parameters(method: Method) -> dict[str, nn.Parameter]:
+    """The run's weights by name, in the module's order."""
+    return {name: p for name, p in method.trained.named_parameters() if p.requires_grad}
+
+
+def enable_gradient_checkpointing(modules: Iterable[nn.Module], recompute: Callable | None = None) -> None:
+    """Recompute activations in the backward pass, in every Diffusers model among the modules and inside them.
+
+    Args:
+        recompute: in place of Diffusers' own call of torch.utils.checkpoint.
+    """
+    for module in {id(inner): inner for outer in modules for inner in outer.modules()}.values():
+        if isinstance(module, ModelMixin) and module._supports_gradient_checkpointing:
+            module.enable_gradient_checkpointing(recompute)
+
+
+def denoising_loss(predict: Predict) -> LossPass:
+    """The squared error of the prediction, weighted by min-SNR where the objective asks (Ho et al. 2020, eq. 14)."""
+
+    def losses(model: nn.Module, batch: Batch, objective: Objective) -> dict[str, Tensor]:
+        alphas_cumprod, prediction_type = objective.alphas_cumprod, objective.prediction_type
+        noisy_latents = add_noise(batch.latents, batch.input_noise, batch.timesteps, alphas_cumprod)
+        model_pred = predict(model, noisy_latents, batch.timesteps, batch)
+        target = prediction_target(batch.latents, batch.noise, batch.timesteps, alphas_cumprod, prediction_type)
+        loss = (model_pred.float() - target).square().mean(dim=(1, 2, 3))
+        if objective.snr_gamma is not None:
+            loss = loss * min_snr_weights(batch.timesteps, alphas_cumprod, objective.snr_gamma, prediction_type)
+        return {"loss": loss}
+
+    return losses
+
+
+def encode_text(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
+    """The frozen encoder's states of captions, float32 [B, L, D], whatever precision the caller computes in."""
+    device_type = input_ids.device.type
+    can_autocast = torch.amp.is_autocast_available(device_type)
+    with torch.no_grad(), torch.autocast(device_type, enabled=False) if can_autocast else nullcontext():
+        return text_encoder(input_ids).last_hidden_state

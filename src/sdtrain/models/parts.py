@@ -1,0 +1,159 @@
+"""The parts of a Stable Diffusion model, loaded from a folder in the Diffusers layout in fp32, frozen, in eval mode."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sdtrain.diffusion import PredictionType
+from sdtrain.errors import InputError
+from sdtrain.files import read_json
+
+
+@dataclass
+class Parts:
+    """A whole model, on one device."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer | None
+    """None in `meta_parts`."""
+    scheduler: DDPMScheduler
+    """The noise schedule and prediction type that `unet` was trained with."""
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The parts that hold weights."""
+        return self.unet, self.vae, self.text_encoder
+
+    def to(self, device: torch.device) -> None:
+        """Move the weights."""
+        for module in self.modules():
+            module.to(device)
+
+
+def load_parts(folder: Path) -> Parts:
+    """The parts of a base or of an exported model."""
+    hide_progress_bars()
+    return Parts(
+        unet=load_unet(folder / "unet"),
+        vae=load_vae(folder),
+        text_encoder=_frozen(CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)),
+        tokenizer=load_tokenizer(folder),
+        scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
+    )
+
+
+def parts_of(pipeline: DiffusionPipeline) -> Parts:
+    """The parts of a loaded pipeline, with its schedule as DDPM."""
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    parts = Parts(pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, scheduler)
+    for module in parts.modules():
+        _frozen(module)
+    return parts
+
+
+@dataclass(frozen=True)
+class Configs:
+    """The `config.json` of a model's parts."""
+
+    unet: dict
+    vae: dict
+    text_encoder: dict
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """Channels, height and width of the latent of a square of `resolution` px: (4, 64, 64) for SD 1.5's 512."""
+        size = resolution // vae_factor(self.vae["block_out_channels"])
+        return self.vae["latent_channels"], size, size
+
+
+def read_configs(folder: Path) -> Configs:
+    """The configs of a model's folder.
+
+    Raises:
+        InputError: one isn't there.
+    """
+    return Configs(*(read_json(folder / part / "config.json") for part in ("unet", "vae", "text_encoder")))
+
+
+def vae_factor(block_out_channels: Sequence[int]) -> int:
+    """By how much a VAE with these blocks reduces a side: each but the last halves it."""
+    return 2 ** (len(block_out_channels) - 1)
+
+
+def meta_parts(configs: Configs, sample_size: int) -> Parts:
+    """Parts of these configs without weights: on torch's meta device, which allocates and computes nothing."""
+    with torch.device("meta"):
+        return Parts(
+            unet=_frozen(UNet2DConditionModel.from_config({**configs.unet, "sample_size": sample_size})),
+            vae=_frozen(AutoencoderKL.from_config(configs.vae)),
+            text_encoder=_frozen(CLIPTextModel(CLIPTextConfig(**configs.text_encoder))),
+            tokenizer=None,
+            scheduler=DDPMScheduler(),
+        )
+
+
+def load_unet(folder: Path) -> UNet2DConditionModel:
+    """The UNet whose config and weights lie in `folder` itself."""
+    return _frozen(UNet2DConditionModel.from_pretrained(folder, dtype=torch.float32))
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    """The VAE of a model's folder."""
+    return _frozen(AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32))
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of a model's folder."""
+    return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+
+
+def training_scheduler(
+    base_scheduler: DDPMScheduler, prediction_type: PredictionType, zero_terminal_snr: bool
+) -> DDPMScheduler:
+    """The schedule to train on: the base's, with this prediction type and terminal SNR.
+
+    A schedule with zero terminal SNR (Lin et al. 2024, "Common diffusion noise schedules and sample
+    steps are flawed") is sampled with trailing timesteps, so that sampling starts where training ends.
+
+    Raises:
+        InputError: the base's own schedule has zero terminal SNR, and `zero_terminal_snr` is false.
+    """
+    config = base_scheduler.config
+    if config.rescale_betas_zero_snr and not zero_terminal_snr:
+        raise InputError(
+            "train.zero_terminal_snr = False: the base's scheduler has rescale_betas_zero_snr = true; "
+            "set train.zero_terminal_snr: true (and train.prediction_type: v_prediction)"
+        )
+    changes = {"prediction_type": prediction_type}
+    if zero_terminal_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return DDPMScheduler.from_config(config, **changes)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Token ids int64 [len(captions), model_max_length], padded and truncated as Stable Diffusion does."""
+    return tokenizer(
+        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def pick_device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def hide_progress_bars() -> None:
+    """Hide the bars that Diffusers and Transformers draw while they load and save weights."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _frozen(module):
+    return module.requires_grad_(False).eval()

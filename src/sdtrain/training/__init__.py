@@ -1,0 +1,1 @@
+"""A training run: how it is checked, started, stepped, watched, saved and resumed."""

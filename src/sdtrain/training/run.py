@@ -1,0 +1,268 @@
+"""How a run starts: afresh, resumed from its own saved state, or as a branch of another's; checked before step 1."""
+
+import os
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import get_args
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import DDPMScheduler, SchedulerMixin
+from torch.optim.lr_scheduler import LRScheduler
+
+from sdtrain.checkpoints import is_checkpoint
+from sdtrain.diffusion import PredictionType
+from sdtrain.errors import InputError
+from sdtrain.evaluation.held_out import HeldOut
+from sdtrain.manifests import encoders_fingerprint, read_manifest
+from sdtrain.params import Params
+from sdtrain.resume import StateStore, load_state, read_state
+from sdtrain.shards import LatentShards
+from sdtrain.training import preflight
+from sdtrain.training.curves import Curves
+from sdtrain.training.devices import build_accelerator
+from sdtrain.training.files import TrainFiles
+from sdtrain.training.identity import describe, differences, git_commit
+from sdtrain.training.optimizer import build_lr_scheduler
+from sdtrain.training.selection import Candidate, has_stalled
+from sdtrain.training.spec import RunSpec, read_spec
+from sdtrain.training.step import weights_norm
+from sdtrain.training.trackers import Trackers, check_trackers
+from sdtrain.training.trainer import Trainer, build_trainer
+
+
+@dataclass
+class Run:
+    """A training run at the step where it starts or resumes."""
+
+    spec: RunSpec
+    trainer: Trainer
+    held_out: HeldOut
+    store: StateStore
+    curves: Curves
+    trackers: Trackers
+    lr_scheduler: LRScheduler
+    first_step: int
+    """Optimizer steps made already."""
+    best: list[Candidate]
+    """The best checkpoints, which lie in `store.checkpoints`, by rising loss."""
+    name: str
+    trained_with: dict
+    """The whole params tree with which the run was last trained."""
+
+    def has_stalled(self) -> bool:
+        """Whether early stopping's patience is at its end."""
+        validated = [row["step"] for row in self.curves.validation_rows]
+        return has_stalled(self.best, validated, self.spec.params.train.early_stopping_patience)
+
+    def state(self) -> dict:
+        """What a saved state holds beside tensors, as JSON; every process must ask."""
+        scaler, ema = self.trainer.accelerator.scaler, self.trainer.ema
+        return {
+            "log": self.curves.state(),
+            "best": [asdict(candidate) for candidate in self.best],
+            "run_name": self.name,
+            "num_updates": self.lr_scheduler.last_epoch,
+            "ema_step": ema.optimization_step if ema else None,
+            "scaler": scaler.state_dict() if scaler else None,
+            "params": self.trained_with,
+        }
+
+    def config(self, step: int) -> dict:
+        """training_config.json of the checkpoint after `step` steps."""
+        ema = self.trainer.ema
+        return {
+            "step": step,
+            "validation_loss": self.curves.validation_losses(step),
+            "ema_step": ema.optimization_step if ema else None,
+            **self.facts(),
+        }
+
+    def facts(self) -> dict:
+        """What every checkpoint's training_config.json says of the run."""
+        return {
+            "fingerprint": self.spec.fingerprint,
+            "identity": self.spec.identity,
+            "num_steps": self.spec.num_steps,
+            "num_train": self.spec.num_train,
+            "git_commit": git_commit(),
+            "resumed_from": self.spec.branch,
+            "params": self.trained_with,
+        }
+
+
+def start_run(params: Params, files: TrainFiles) -> Run:
+    """Check everything, take the run's lock, and bring it to the step that it continues from.
+
+    Raises:
+        InputError: something isn't as it must be; names it.
+    """
+    spec = read_spec(params, files)
+    check_trackers(params.train.trackers)
+    accelerator = build_accelerator(params.train)
+    store = StateStore(files.states, spec.identity)
+    if accelerator.is_main_process:
+        store.lock()
+    accelerator.wait_for_everyone()
+    trainer = build_trainer(params, files, accelerator)
+    held_out = _held_out(spec, trainer)
+    _check(spec, trainer, store)
+    saved = _agreed_state(store, spec.num_steps, accelerator)
+    if saved:
+        num_updates = _restore(spec, trainer, saved)
+    else:
+        base_losses, num_updates = _check_base(spec, trainer, held_out), _branch(spec, trainer)
+    run = _open(spec, trainer, held_out, store, saved, num_updates)
+    if not saved:
+        kinds = ("raw",) if trainer.ema is None else ("raw", "ema")
+        row = run.curves.add_validation(0, held_out.timesteps.tolist(), dict.fromkeys(kinds, base_losses))
+        run.trackers.validation_row(row, images=[])
+        run.curves.start(run.first_step, weights_norm(trainer).item())
+        if accelerator.is_main_process and params.train.resume == "auto" and (why := store.why_none()):
+            print(why)
+    return run
+
+
+def held_out_losses(trainer: Trainer, held_out: HeldOut, scheduler: SchedulerMixin) -> list[float]:
+    """Mean held-out loss at each timestep of the weights as they are, computed by all processes together."""
+    with trainer.accelerator.autocast():
+        losses = held_out.losses(trainer.method, scheduler, trainer.share)
+    return trainer.accelerator.reduce(losses, "sum").mean(dim=0).tolist()
+
+
+def _held_out(spec: RunSpec, trainer: Trainer) -> HeldOut:
+    shards, validation = _held_out_shards(spec), spec.params.validation
+    shards.check_columns(trainer.method.columns)
+    return HeldOut(
+        shards,
+        trainer.parts.vae.config.scaling_factor,
+        num_train_timesteps=trainer.scheduler.config.num_train_timesteps,
+        num_timesteps=validation.num_timesteps,
+        max_samples=validation.max_samples,
+        batch_size=validation.batch_size,
+    )
+
+
+def _held_out_shards(spec: RunSpec) -> LatentShards:
+    return LatentShards(spec.files.latents, "validation", encoders_fingerprint(spec.files.base))
+
+
+def _check(spec: RunSpec, trainer: Trainer, store: StateStore) -> None:
+    """Check all that can be checked before the first step; make room for saved states."""
+    train, files, accelerator = spec.params.train, spec.files, trainer.accelerator
+    costs = preflight.estimate_costs(spec.params, files.base, tuple(spec.cache["shape"]))
+    preflight.check_tokens(spec.cache, trainer.parts.text_encoder.config.vocab_size, files.latents)
+    preflight.check_memory(costs, accelerator.device)
+    first = trainer.batches.make(0, range(min(train.batch_size, 64)), accelerator.device)
+    std = preflight.check_latents(first.latents)
+    psnr = preflight.check_vae(trainer.parts.vae, _held_out_shards(spec), files.latents)
+    if not accelerator.is_main_process:
+        return
+    store.prune(train.num_saved_runs, spare=spec.origin.folder if spec.origin else None)
+    if train.resume == "never":
+        store.clear()
+    preflight.check_disk(costs, train.num_best_checkpoints, files.states, files.checkpoints, store.size_bytes())
+    base_type, own_type = trainer.parts.scheduler.config.prediction_type, train.prediction_type
+    if base_type != own_type:
+        print(
+            f"train.prediction_type = {own_type!r}, the base predicts {base_type!r}: the model learns to predict "
+            "something else than it does"
+        )
+    print(
+        f"run {store.fingerprint}: latents' std {std:.2f}, VAE round trip {psnr:.1f} dB, "
+        f"{costs.num_parameters:,} parameters, about {costs.memory_bytes / 2**30:.1f} GiB of memory"
+    )
+
+
+def _agreed_state(store: StateStore, num_steps: int, accelerator: Accelerator) -> Path | None:
+    """The saved state that the main process found, once every process sees it."""
+    accelerator.wait_for_everyone()
+    found = store.newest(num_steps) if accelerator.is_main_process else None
+    (name,) = broadcast_object_list([found and found.name])
+    path = store.folder / name if name else None
+    if path is None:
+        return None
+    if not (path / "state.json").exists():
+        raise InputError(f"{path}: the main process sees this state, this one doesn't; share the project's folder")
+    for best in read_state(path)["best"]:
+        if not is_checkpoint(store.checkpoint(best["step"])):
+            raise InputError(f"{store.checkpoint(best['step'])} is gone; to start over, delete {store.folder}")
+    return path
+
+
+def _restore(spec: RunSpec, trainer: Trainer, saved: Path) -> int:
+    """Take over the run's own saved state; the schedule's steps that lie behind."""
+    state = read_state(saved)
+    load_state(saved, trainer.weights, trainer.ema, trainer.optimizer)
+    if trainer.accelerator.scaler and state["scaler"]:
+        trainer.accelerator.scaler.load_state_dict(state["scaler"])
+    trainer.accelerator.print(f"resumes from step {state['step']} of {spec.num_steps}: {saved}")
+    return state["num_updates"]
+
+
+def _branch(spec: RunSpec, trainer: Trainer) -> int:
+    """Take over what the origin, if there is one, keeps and isn't reset; the schedule's steps that lie behind."""
+    origin = spec.origin
+    if origin is None:
+        return 0
+    num_updates = origin.load(trainer.method, trainer.weights, trainer.ema, trainer.optimizer)
+    reset = f", {', '.join(origin.reset)} reset" if origin.reset else ""
+    differs = spec.branch["differences"]
+    trainer.accelerator.print(f"branches from step {origin.step} of {origin.folder}{reset}; differs in {differs}")
+    return 0 if "scheduler" in origin.reset else num_updates
+
+
+def _check_base(spec: RunSpec, trainer: Trainer, held_out: HeldOut) -> list[float]:
+    """The base's held-out loss at each timestep, once it is what a trained UNet's is."""
+    losses, base_scheduler = {}, trainer.parts.scheduler
+    for prediction_type in get_args(PredictionType):
+        scheduler = DDPMScheduler.from_config(base_scheduler.config, prediction_type=prediction_type)
+        losses[prediction_type] = held_out_losses(trainer, held_out, scheduler)
+    means = {name: sum(values) / len(values) for name, values in losses.items()}
+    from_scratch = any("unet_config" in source for source in read_manifest(spec.files.base, "base")["sources"])
+    preflight.check_base_loss(means, base_scheduler.config.prediction_type, from_scratch)
+    return losses[base_scheduler.config.prediction_type]
+
+
+def _open(
+    spec: RunSpec, trainer: Trainer, held_out: HeldOut, store: StateStore, saved: Path | None, num_updates: int
+) -> Run:
+    """The run around a trainer whose weights are in place."""
+    train, accelerator, state = spec.params.train, trainer.accelerator, read_state(saved) if saved else {}
+    first_step = state.get("step", spec.origin.step if spec.origin else 0)
+    name = state.get("run_name") or f"{datetime.now():%Y%m%d-%H%M%S}-{os.environ.get('DVC_EXP_NAME') or 'repro'}"
+    shape, num_train_timesteps = tuple(spec.cache["shape"]), len(trainer.objective.alphas_cumprod)
+    curves = Curves(accelerator, train, trainer.method.logged, shape, num_train_timesteps, state.get("log"))
+    if saved or spec.origin:
+        curves.last_good = f"the last good state is {saved or spec.origin.folder}"
+    progress = {"first_step": first_step, "num_steps": spec.num_steps, "resumed": bool(saved)}
+    run = Run(
+        spec=spec,
+        trainer=trainer,
+        held_out=held_out,
+        store=store,
+        curves=curves,
+        trackers=Trackers(accelerator, train.trackers, spec.files.runs, name, **progress),
+        lr_scheduler=build_lr_scheduler(trainer.optimizer, train, spec.num_steps - spec.schedule_start, num_updates),
+        first_step=first_step,
+        best=[Candidate(**candidate) for candidate in state.get("best", [])],
+        name=name,
+        trained_with=spec.params.model_dump(),
+    )
+    if saved and (first_step >= spec.num_steps or run.has_stalled()):
+        _take_over(run, state["params"])
+    return run
+
+
+def _take_over(run: Run, trained_with: dict) -> None:
+    """Nothing is left to train: the result is that of the params with which it was trained."""
+    unused = {
+        key: values for key, values in differences(trained_with, run.trained_with).items() if key.startswith("train.")
+    }
+    without_effect = f" ({describe(unused)}: without effect)" if unused else ""
+    run.trainer.accelerator.print(
+        f"run {run.spec.fingerprint} was finished before, after {run.first_step} steps: its result is taken over and "
+        f"nothing is trained{without_effect}; to train it again, set train.resume: never"
+    )
+    run.trained_with = trained_with

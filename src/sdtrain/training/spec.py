@@ -1,0 +1,55 @@
+"""What params and folders alone say of a training run: read before anything is loaded, by `train` and by the plan."""
+
+from dataclasses import dataclass
+
+from sdtrain.manifests import read_manifest
+from sdtrain.params import Params
+from sdtrain.resume import Origin, find_origin
+from sdtrain.training import preflight
+from sdtrain.training.files import TrainFiles
+from sdtrain.training.identity import fingerprint, training_identity
+from sdtrain.training.optimizer import check_warmup, count_steps
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A run, once its cache is known to fit its params."""
+
+    params: Params
+    files: TrainFiles
+    cache: dict
+    """Manifest of the latent cache."""
+    num_train: int
+    """Images to train on."""
+    num_steps: int
+    schedule_start: int
+    """The step at which the learning rate's schedule starts: 0, or where a branch resets it."""
+    identity: dict
+    origin: Origin | None
+    """What the run branches from."""
+    branch: dict | None
+    """What training_config.json says of the origin."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The run's name among saved states."""
+        return fingerprint(self.identity)
+
+
+def read_spec(params: Params, files: TrainFiles) -> RunSpec:
+    """Read what the run will be.
+
+    Raises:
+        InputError: base or cache is missing, the cache was made with other params, the warm-up outlasts the schedule,
+            or the run can't branch from where `train.branch_from` says.
+    """
+    train, cache = params.train, read_manifest(files.latents, "latents")
+    preflight.check_cache(cache, params.precompute, params.seed, files.latents)
+    num_train = sum(shard["num_rows"] for shard in cache["splits"]["train"])
+    num_steps = count_steps(train, num_train)
+    origin = find_origin(train, files.checkpoints, num_steps)
+    schedule_start = origin.step if origin and "scheduler" in origin.reset else 0
+    check_warmup(train, num_steps - schedule_start)
+    identity = training_identity(params, files, num_steps, origin.facts() if origin else None)
+    branch = {**origin.facts(), "differences": origin.check(identity)} if origin else None
+    return RunSpec(params, files, cache, num_train, num_steps, schedule_start, identity, origin, branch)
