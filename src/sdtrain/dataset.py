@@ -2,7 +2,7 @@
 
 Each candidate of `sources.py` is decoded wholly, made plain RGB, and written to the shards of
 `shards.py`. `inputs.csv` has a row for every input with what became of it; `manifest.json` counts
-the reasons.
+the reasons, and the notes on pictures that were kept although something was wrong with them.
 """
 
 import csv
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from sdtrain import randomness
 from sdtrain.errors import InputError
 from sdtrain.files import new_folder, sha256_json, write_json
-from sdtrain.images import BadPicture, clean_picture
+from sdtrain.images import DAMAGED_EXIF, BadPicture, clean_picture
 from sdtrain.manifests import FORMATS
 from sdtrain.params import DatasetParams
 from sdtrain.shards import SPLITS, DatasetWriter
@@ -34,8 +34,9 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
     with new_folder(out) as folder, tempfile.TemporaryDirectory(dir=out.parent, suffix=".partial") as scratch:
         source = open_source(params, seed, scratch)
         writers = {split: DatasetWriter(folder, split) for split in SPLITS}
-        outcomes = Counter()
-        with (folder / "inputs.csv").open("w", newline="", encoding="utf-8") as file:
+        outcomes, notes = Counter(), Counter()
+        # A file's name may be no text at all: any bytes.
+        with (folder / "inputs.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             table = csv.writer(file)
             table.writerow(["input", "outcome", "reason", "id"])
             num_read = 0
@@ -50,8 +51,11 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
                 # By pixels alone: copies stay on one side, and every seed holds out the same pictures.
                 held_out = randomness.uniform(0, "split", randomness.hash64(row.pop("pixels_sha256")))
                 split = "validation" if held_out < params.validation_fraction else "train"
+                note = row.pop("note")
+                if note:
+                    notes[note.split(":")[0]] += 1
                 writers[split].add(row)
-                table.writerow([candidate.name, split, "", row["id"]])
+                table.writerow([candidate.name, split, note, row["id"]])
                 if writers["train"].num_rows == params.max_train_samples:
                     break
             unread = [(source.name(index), "beyond max_train_samples") for index in source.order[num_read:]]
@@ -68,15 +72,18 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
             "source": source.record,
             "splits": splits,
             "dropped": reasons,
+            "noted": dict(sorted(notes.items())),
             "fingerprint": sha256_json([FORMATS["dataset"], splits]),
         }
         write_json(folder / "manifest.json", manifest)
         counts = {f"num_{split}": splits[split]["num_rows"] for split in SPLITS}
         counts["num_dropped"] = sum(reasons.values())
-        write_json(metrics, {"num_inputs": sum(counts.values()), **counts})
+        counts = {"num_inputs": sum(counts.values()), **counts, "num_damaged_exif": notes[DAMAGED_EXIF]}
+        write_json(metrics, counts)
     print(
-        f"{sum(counts.values())} inputs: {counts['num_train']} train, {counts['num_validation']} held out, "
+        f"{counts['num_inputs']} inputs: {counts['num_train']} train, {counts['num_validation']} held out, "
         f"{counts['num_dropped']} dropped {reasons or ''}"
+        + (f"; kept all the same: {manifest['noted']}, see {out / 'inputs.csv'}" if notes else "")
     )
 
 
@@ -119,13 +126,19 @@ def _check(candidate: Candidate, background: str) -> dict | str:
     if candidate.picture is None:
         return "picture is missing"
     try:
-        data, picture = clean_picture(candidate.picture, background)
+        data, picture, note = clean_picture(candidate.picture, background)
     except BadPicture as fault:
         return str(fault)
+    except MemoryError:  # dropped here, it would be kept on another machine
+        raise InputError(
+            f"{candidate.name}: not enough memory to decode this picture; lower dataset.num_workers, "
+            "or take the picture out of the source"
+        ) from None
     pixels = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
     return {
         "id": hashlib.sha256(f"{pixels} {caption}".encode()).hexdigest()[:32],
         "pixels_sha256": pixels,
+        "note": note,
         "image": data,
         "caption": caption,
         "width": picture.width,

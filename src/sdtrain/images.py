@@ -4,16 +4,33 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from sdtrain import randomness
+
+DAMAGED_EXIF = "EXIF is damaged"
+"""What a kept picture's note begins with whose EXIF can't be read, or not be written back."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientations but the upright 1, and what makes the picture upright."""
+_WIDE_GREYS = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+_SCALED_TO_16_BITS = ("PNG", "JPEG2000", "PPM")
+"""Formats whose greys of more than 8 bits Pillow gives as 0..65535, whatever depth the file has."""
 
 
 class BadPicture(Exception):
     """The file can't be used; the message says why, in a few words."""
 
 
-def clean_picture(source: bytes | str, background: str) -> tuple[bytes, Image.Image]:
+def clean_picture(source: bytes | str, background: str) -> tuple[bytes, Image.Image, str]:
     """Decode a picture wholly and make it plain RGB, upright and opaque.
 
     Args:
@@ -21,34 +38,133 @@ def clean_picture(source: bytes | str, background: str) -> tuple[bytes, Image.Im
         background: colour behind transparent parts, `#rrggbb`.
 
     Returns:
-        The bytes to store and the decoded picture. The original bytes are kept where the file is
-        RGB, upright and opaque already; else they are those of a PNG of the cleaned picture.
+        The bytes to store, the decoded picture, and a note on what was odd about it, mostly empty. The
+        original bytes are kept where the file is RGB, upright and opaque already; else they are those
+        of a PNG of the cleaned picture.
 
     Raises:
-        BadPicture: missing, truncated, not a picture, or too large to decode safely.
+        BadPicture: missing, truncated, not a picture, too large to decode safely, or grey of unknown range.
+        MemoryError: the machine's fault, not the picture's.
     """
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.load()
-            upright = ImageOps.exif_transpose(opened)
     except FileNotFoundError:
         raise BadPicture("file is missing") from None
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        raise BadPicture(f"can't be decoded: {error}".split("\n")[0].split(" <_io")[0]) from None
-    if upright.mode == "RGB" and opened.getexif().get(0x0112, 1) == 1 and "transparency" not in upright.info:
-        return data, upright
-    picture = _flatten(upright, background)
+    except (OSError, ValueError) as error:
+        raise BadPicture(f"can't be read: {_cause(error)}") from None
+    try:
+        return _clean(data, background)
+    except (BadPicture, MemoryError):
+        raise
+    except Exception as error:  # Pillow's plugins raise anything on a damaged file
+        raise BadPicture(f"can't be decoded: {_cause(error)}") from None
+
+
+def _clean(data: bytes, background: str) -> tuple[bytes, Image.Image, str]:
+    opened, data = _open(data)
+    with opened:
+        opened.load()
+        orientation, note = _orientation(opened)
+        picture = _eight_bits(opened)
+        picture = picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture.copy()
+    if picture.mode == "RGB" and orientation == 1 and "transparency" not in picture.info:
+        return data, picture, note
+    picture = _flatten(picture, background)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
-    return buffer.getvalue(), picture
+    return buffer.getvalue(), picture, note
+
+
+def _open(data: bytes) -> tuple[Image.Image, bytes]:
+    """Open a file, and give the bytes that can be opened so again.
+
+    Pillow looks for a JPEG's resolution in its EXIF, and takes the file for no picture at all where that is
+    a text or byte alone. Then the EXIF is hidden from it, by one byte of its name, and handed over afterwards.
+    """
+    try:
+        return Image.open(io.BytesIO(data)), data
+    except Exception:
+        hidden = data.replace(b"Exif\0\0", b"Exif\0\1", 1)
+        if hidden == data or not data.startswith(b"\xff\xd8"):
+            raise
+    opened = Image.open(io.BytesIO(hidden))
+    for _, segment in opened.applist:
+        if segment.startswith(b"Exif\0\1"):
+            opened.info["exif"] = b"Exif\0\0" + segment[6:]
+    return opened, hidden
+
+
+def _cause(error: Exception) -> str:
+    """An error in one short line that is the same in every run: without the addresses of objects."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    line = str(error).split("\n")[0].split(" <_io")[0].strip()
+    return line[:60] or type(error).__name__
+
+
+def _orientation(opened: Image.Image) -> tuple[int, str]:
+    """The orientation left to apply, 1 where none can be read, and a note where the EXIF is damaged.
+
+    Pillow's `exif_transpose` isn't used: it writes the EXIF anew, which damaged tags don't survive. TIFFs
+    are upright once loaded.
+    """
+    apart = Image.Image()  # parses again: the plugin may have tried already, and an `Exif` raises only once
+    apart.info.update(opened.info)
+    orientation, note = 1, ""
+    try:
+        exif = apart.getexif()
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
+        exif.tobytes()  # reads every tag
+    except MemoryError:
+        raise
+    except Exception as error:  # as above: anything
+        note = f"{DAMAGED_EXIF}: {_cause(error)}"
+    if orientation != 1 and orientation not in _TURNS:
+        return 1, f"{DAMAGED_EXIF}: orientation {orientation!r:.20} isn't 1 to 8"
+    return orientation, note
+
+
+def _eight_bits(opened: Image.Image) -> Image.Image:
+    """Greys of 16 or 32 bits or of floats as 8 bits, by the range that mode and file declare; others as they are.
+
+    Never by the values that a picture happens to have. Black and white are:
+    - PNG, JPEG 2000 and PGM: 0 and 65535. Pillow itself scales a PGM's maxval and the depth of JPEG 2000 to that.
+    - TIFF of unsigned integers: 0 and 2**BitsPerSample - 1, or the reverse where PhotometricInterpretation is
+      WhiteIsZero, which Pillow heeds up to 8 bits only. MaxSampleValue is a statistic, says TIFF 6.0, and isn't read.
+    - TIFF and PFM of floats: 0 and 1, the convention, which every value must keep.
+
+    Pillow reduces colours of 16 bits itself: to their upper bytes, or by maxval in a PPM.
+
+    Raises:
+        BadPicture: floats outside 0..1, signed integers, or another format, where nothing tells the range.
+    """
+    tags = opened.tag_v2 if isinstance(opened, TiffImagePlugin.TiffImageFile) else {}
+    signed = tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0] == 2  # 8 bits open as L and would wrap around
+    if opened.mode not in _WIDE_GREYS and not signed:
+        return opened
+    values = np.asarray(opened)
+    if opened.mode == "F" and (tags or opened.info.get("scale") == 1):  # the scale of a PFM
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= 1):  # so written, NaN is outside too
+            raise BadPicture(f"float grey outside 0..1: {low:g}..{high:g}")
+        white = 1
+    elif tags and not signed:
+        white = 2 ** tags[TiffImagePlugin.BITSPERSAMPLE][0] - 1
+        values = values.view(np.uint32) if opened.mode == "I" else values  # Pillow's I is signed
+    elif opened.format in _SCALED_TO_16_BITS and opened.mode != "F":
+        white = 65535
+    else:
+        raise BadPicture(f"grey of unknown range: {opened.format} of mode {opened.mode}{', signed' if signed else ''}")
+    if tags and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 0) == 0:
+        values = white - values
+    grey = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+    if "transparency" in opened.info:  # one value of a PNG, in 16 bits as the others
+        opaque = values != opened.info["transparency"]
+        grey.putalpha(Image.fromarray(opaque.astype(np.uint8) * 255))
+    return grey
 
 
 def _flatten(picture: Image.Image, background: str) -> Image.Image:
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit greys: PIL would clip, not scale
-        values = np.asarray(picture, dtype=np.float32)
-        scale = 255 / 65535 if values.max() > 255 else 1
-        picture = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, background), picture).convert("RGB")

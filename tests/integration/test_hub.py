@@ -557,6 +557,7 @@ def test_every_picture_of_a_hub_data_set_is_accounted_for(hub, client, pictures,
         "num_train": len(splits["train"]),
         "num_validation": len(splits["validation"]),
         "num_dropped": 1,
+        "num_damaged_exif": 0,
     }
     assert len(splits["train"]) + len(splits["validation"]) == 11
     kept = {row["caption"]: row["image"] for rows in splits.values() for row in rows}

@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import os
+import struct
+import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import GifImagePlugin, Image
 
 from sdtrain import scenes
 from sdtrain.dataset import build_dataset
@@ -150,7 +153,9 @@ def build(tmp_path, make_params):
             "num_train": num_train,
             "num_validation": num_validation,
             "num_dropped": len(inputs) - num_train - num_validation,
+            "num_damaged_exif": sum(x["reason"].startswith("EXIF is damaged: ") for x in inputs),
         }
+        assert not [x for x in inputs if x["outcome"] == "dropped" and not x["reason"]]
         assert sum(read_json(out / "manifest.json")["dropped"].values()) == built.metrics["num_dropped"]
         return built
 
@@ -225,6 +230,13 @@ def test_every_input_of_a_folder_with_jsonl_is_accounted_for(tmp_path, build):
         (".hidden.png", UNLISTED),
         ("sub/extra.PNG", UNLISTED),
     ]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are text always")
+def test_a_picture_whose_name_is_no_text_is_accounted_for(tmp_path, build):
+    with_jsonl(tmp_path / "in")
+    (tmp_path / "in" / os.fsdecode(b"caf\xe9.png")).write_bytes(picture(20))
+    assert build(source="imagefolder").outcomes[NUM:] == [(r"caf\udce9.png", UNLISTED)]
 
 
 def test_every_input_of_a_folder_with_csv_is_accounted_for(tmp_path, build):
@@ -352,6 +364,63 @@ def test_transparent_pictures_get_the_background(tmp_path, build):
     built = build(source="imagefolder", alpha_background="#0a141e")
     [row] = [row for split in SPLITS for row in built.rows[split] if row["caption"] == PAIRS[0][2]]
     assert decode_rgb(row["image"]).getcolors() == [(48, (10, 20, 30))]
+
+
+def rotated_with_damaged_exif(index: int) -> bytes:
+    """A JPEG that lies on its side and whose XResolution is the rational -1/0."""
+    entries = struct.pack("<HHHLHHHHLL", 2, 0x0112, 3, 1, 6, 0, 0x011A, 10, 1, 8 + 2 + 2 * 12 + 4)
+    exif = b"II*\0" + struct.pack("<L", 8) + entries + b"\0\0\0\0" + struct.pack("<ll", -1, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(index)).save(buffer, format="JPEG", exif=b"Exif\0\0" + exif)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_pictures_with_damaged_exif_are_kept_upright_and_counted(num_workers, tmp_path, build, capsys):
+    with_txt(tmp_path / "in")
+    names = ["03", "07"]
+    write_files(tmp_path / "in/sub", {f"{name}.png": rotated_with_damaged_exif(int(name)) for name in names})
+    built = build(source="imagefolder", num_workers=num_workers)
+    noted = {line["input"]: line["reason"] for line in built.inputs if line["reason"]}
+    assert noted == {f"sub/{name}.png": "EXIF is damaged: argument out of range" for name in names}
+    sizes = {row["caption"]: (row["width"], row["height"]) for split in SPLITS for row in built.rows[split]}
+    assert sizes == {text: (6, 8) if stem in names else (8, 6) for stem, _, text in PAIRS}
+    assert built.metrics["num_damaged_exif"] == 2
+    assert read_json(built.folder / "manifest.json")["noted"] == {"EXIF is damaged": 2}
+    assert "kept all the same: {'EXIF is damaged': 2}" in capsys.readouterr().out
+
+
+def test_odd_pictures_are_dropped_with_a_countable_reason(tmp_path, build, monkeypatch):
+    def load(picture):
+        raise AttributeError(f"a {picture.format} without end")
+
+    with_txt(tmp_path / "in")
+    Image.fromarray(np.float32([[0, 7.5]])).save(tmp_path / "in/sub/00.tiff")
+    (tmp_path / "in/sub/00.png").unlink()
+    write_files(tmp_path / "in/sub", {"01.png": picture(1, "GIF")})
+    monkeypatch.setattr(GifImagePlugin.GifImageFile, "load", load)
+    built = build(source="imagefolder")
+    assert built.outcomes[:2] == [
+        ("sub/00.tiff", "float grey outside 0..1: 0..7.5"),
+        ("sub/01.png", "can't be decoded: a GIF without end"),
+    ]
+    dropped = read_json(built.folder / "manifest.json")["dropped"]
+    assert dropped == {"float grey outside 0..1": 1, "can't be decoded": 1}
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_too_little_memory_names_the_picture_and_drops_nothing(num_workers, tmp_path, build, monkeypatch):
+    def load(picture):
+        raise MemoryError
+
+    with_txt(tmp_path / "in")
+    write_files(tmp_path / "in/sub", {"01.png": picture(1, "GIF")})
+    monkeypatch.setattr(GifImagePlugin.GifImageFile, "load", load)
+    with pytest.raises(
+        InputError, match=r"^sub/01\.png: not enough memory to decode this picture; lower dataset.num_w"
+    ):
+        build(source="imagefolder", num_workers=num_workers)
+    assert {path.name for path in tmp_path.iterdir()} == {"in"}
 
 
 def test_copies_of_a_picture_land_on_one_side(tmp_path, build):
