@@ -7,17 +7,19 @@ the reasons, and the notes on pictures that were kept although something was wro
 
 import csv
 import hashlib
-import tempfile
+import re
+import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
 from sdtrain import randomness
 from sdtrain.errors import InputError
-from sdtrain.files import new_folder, sha256_json, write_json
+from sdtrain.files import PARTIAL, new_folder, sha256_json, write_json
 from sdtrain.images import DAMAGED_EXIF, BadPicture, clean_picture
 from sdtrain.manifests import FORMATS
 from sdtrain.params import DatasetParams
@@ -31,7 +33,7 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
     Raises:
         InputError: the source can't be read, lacks a column, or leaves a split without pictures.
     """
-    with new_folder(out) as folder, tempfile.TemporaryDirectory(dir=out.parent, suffix=".partial") as scratch:
+    with new_folder(out) as folder, _scratch_folder(out) as scratch:
         source = open_source(params, seed, scratch)
         writers = {split: DatasetWriter(folder, split) for split in SPLITS}
         outcomes, notes = Counter(), Counter()
@@ -85,6 +87,23 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
         f"{counts['num_dropped']} dropped {reasons or ''}"
         + (f"; kept all the same: {manifest['noted']}, see {out / 'inputs.csv'}" if notes else "")
     )
+
+
+@contextmanager
+def _scratch_folder(out: Path) -> Iterator[str]:
+    """An empty folder beside `out` that is deleted in the end.
+
+    A run that was killed could not, so what it left is deleted first; its name was random once.
+    """
+    scratch = out.with_name(f"{out.name}.scratch{PARTIAL}")
+    left = [path for path in out.parent.glob(f"tmp*{PARTIAL}") if re.fullmatch("tmp[a-z0-9_]{8}", path.stem)]
+    for folder in [scratch, *left]:
+        shutil.rmtree(folder, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield str(scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _must_have_pictures(splits: dict, reasons: dict, params: DatasetParams) -> None:

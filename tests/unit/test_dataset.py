@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import multiprocessing
 import os
 import struct
 import sys
@@ -16,11 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import GifImagePlugin, Image
 
-from sdtrain import scenes
+from sdtrain import dataset, scenes
 from sdtrain.dataset import build_dataset
 from sdtrain.errors import InputError
 from sdtrain.files import read_json
 from sdtrain.images import decode_rgb
+from sdtrain.params import DatasetParams
 from sdtrain.shards import SPLITS, read_dataset
 
 NUM = 12
@@ -575,6 +577,27 @@ def test_an_error_leaves_no_folder(tmp_path, build):
     with pytest.raises(InputError):
         build(source="imagefolder")
     assert list(tmp_path.iterdir()) == []
+
+
+def build_until_killed(params: DatasetParams, out: Path) -> None:
+    """Build, but die at the first picture, by when Datasets has filled its cache."""
+    dataset.clean_picture = lambda *_: os._exit(9)
+    build_dataset(params, 0, out, out.with_name("metrics.json"))
+
+
+def test_what_a_killed_run_left_is_gone_after_the_next(tmp_path, build, make_params):
+    options = with_parquet(tmp_path / "in")
+    params = make_params(dataset={"path": str(tmp_path / "in"), "validation_fraction": 0.5, **options}).dataset
+    killed = multiprocessing.get_context("spawn").Process(target=build_until_killed, args=(params, tmp_path / "out"))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == 9
+    assert any(path.is_file() for path in (tmp_path / "out.scratch.partial").rglob("*"))
+    write_files(tmp_path, {"tmpab12_xyz.partial/cache.arrow": "of an older version, which drew a random name"})
+    others = {"tmp-mine.partial", "tmpab12_xy.partial", "other.scratch.partial", "tmpab12_xyz"}
+    write_files(tmp_path, {f"{name}/file": "not ours" for name in others})
+    build(**options)
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "metrics.json", *others}
 
 
 def test_success_replaces_an_older_data_set(tmp_path, build):
