@@ -31,7 +31,8 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
     """Read the source, write the shards to `out` and the counts to `metrics`.
 
     Raises:
-        InputError: the source can't be read, lacks a column, or leaves a split without pictures.
+        InputError: the source can't be read, lacks a column, or leaves a split without pictures; or there isn't
+            enough memory to decode a picture.
     """
     with new_folder(out) as folder, _scratch_folder(out) as scratch:
         source = open_source(params, seed, scratch)
