@@ -13,16 +13,25 @@ SHRUNK = {
     "dataset": {"num_scenes": 60, "num_workers": 0},
     "precompute": {"batch_size": 16},
     "train": {"max_steps": 4, "batch_size": 8, "micro_batch_size": 8, "lr_warmup_steps": 0, "log_every_n_steps": 1},
-    "validation": {"every_n_steps": 2, "num_timesteps": 2, "max_samples": 4, "prompts": [], "num_inference_steps": 2},
+    "validation": {"every_n_steps": 2, "num_timesteps": 2, "max_samples": 4, "prompts": []},
     "sample": {"prompts": ["a red circle", "a large orange star"], "images_per_prompt": 1, "num_inference_steps": 2},
     "evaluate": {"num_timesteps": 2, "num_prompts": 4, "num_inference_steps": 2, "num_bootstrap": 100},
 }
 
 
 def shrunk_tree(**changes: dict) -> dict:
-    """The shipped params.yaml as a tree, shrunk, with changes by section."""
+    """The shipped params.yaml as a tree, shrunk, with changes by section.
+
+    What the changes leave without effect stays as shipped, as the rules demand.
+    """
     tree = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
-    for layer in (SHRUNK, changes):
+    shrunk = copy.deepcopy(SHRUNK)
+    if changes.get("dataset", {}).get("source", "generated") != "generated":
+        del shrunk["dataset"]["num_scenes"]
+        del shrunk["evaluate"]["num_prompts"], shrunk["evaluate"]["num_inference_steps"]
+    if changes.get("validation", {}).get("prompts"):
+        shrunk["validation"]["num_inference_steps"] = 2
+    for layer in (shrunk, changes):
         for section, fields in layer.items():
             tree[section].update(fields)
     return tree

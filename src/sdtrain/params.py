@@ -2,6 +2,9 @@
 
 `load_params` is the only reader of the file. It refuses every fault in one message, before any
 model loads. Code holds no second default: all keys must be present.
+
+A field that says "only" is refused elsewhere unless it is null or as shipped (`NEUTRAL` in `rules.py`): no value that
+someone gave is ignored.
 """
 
 import difflib
@@ -63,17 +66,18 @@ class DatasetParams(Section):
     revision: Text | None
     """Branch, tag or commit of `repo`; null is the newest. The commit it stood for is recorded."""
     split: Text
-    """Split of the hub data set to read."""
+    """`hub` only: the split to read."""
     image_column: Text
-    """Column that holds the picture (`jpg`, `png`, … in WebDataset tars; `image` in an image folder)."""
+    """All but `generated`: column of the picture (`jpg`, `png`, … in WebDataset tars; in an image folder `image`, or
+    what stands before `_file_name` in its metadata)."""
     caption_column: Text
-    """Column that holds the caption (`txt` in WebDataset tars)."""
+    """All but `generated`: column of the caption (`txt` in WebDataset tars)."""
     max_train_samples: PositiveInt | None
     """Stop at this many training pictures, taken in an order drawn from `seed`; null takes all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
     """Share of the pictures held out, chosen by a hash of their pixels: copies stay on one side."""
     alpha_background: Annotated[str, StringConstraints(pattern=r"^#[0-9a-fA-F]{6}$")]
-    """Colour behind transparent pictures, `#rrggbb`."""
+    """All but `generated`: colour behind transparent pictures, `#rrggbb`."""
     num_workers: NonNegativeInt
     """Threads that decode and check pictures; 0 works in the main thread."""
     num_scenes: PositiveInt
@@ -88,7 +92,8 @@ class PrecomputeParams(Section):
     resolution: PositiveInt
     """Pictures are resized (shorter side) and cropped to this square, in px; a multiple of the VAE's factor."""
     center_crop: bool
-    """true crops the middle; false crops where a draw from (`seed`, picture) says, once for all epochs."""
+    """true crops the middle; false crops where a draw from (`seed`, picture) says, once for all epochs.
+    `generated` pictures are squares already: true only."""
     random_flip: bool
     """Also cache the mirror's own encoding; `train` draws one of the two at every visit."""
     batch_size: PositiveInt
@@ -169,14 +174,15 @@ class TrainParams(Section):
     input_perturbation: Annotated[float, Field(ge=0)]
     """Add noise of this strength to the UNet's input but not to the target (Ning et al. 2023; 0.1 is theirs)."""
     timestep_sampling: Literal["uniform", "stratified"]
-    """Each row's timestep on its own, or one of as many equal strata as the effective batch has rows."""
+    """Each row's timestep on its own, or one of as many equal strata as the effective batch has rows (2 or more)."""
     caption_dropout: Annotated[float, Field(ge=0, lt=1)]
     """Share of visits that see the empty caption, which classifier-free guidance needs."""
     use_ema: bool
     """Keep an exponential moving average of the weights, too."""
     ema_schedule: Literal["ramp", "warmup", "power_function"]
     """How its decay grows with n steps: (1+n)/(10+n), or 1-(1+n/ema_inv_gamma)^-ema_power, both up to `ema_decay`;
-    or without end as (1-1/n)^(γ+1), where γ follows from `ema_sigma_rel` (Karras et al. 2024)."""
+    or without end as (1-1/n)^(γ+1), where γ follows from `ema_sigma_rel` (Karras et al. 2024). This and the
+    following only with `use_ema`."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
     """`ramp` and `warmup` only: the decay at its longest."""
     ema_inv_gamma: Annotated[float, Field(gt=0)] | None
@@ -199,7 +205,8 @@ class TrainParams(Section):
     num_best_checkpoints: PositiveInt
     """Checkpoints kept by held-out loss: `best`, `best-2`, …; the `last` comes beside them."""
     early_stopping_patience: PositiveInt | None
-    """Stop after this many validations in a row without a new best; null trains to the end."""
+    """Stop after this many validations in a row without a new best; null trains to the end. Refused
+    where `max_steps` has room for no stop."""
     log_every_n_steps: PositiveInt
     """Optimizer steps between rows of the training curve."""
     trackers: list[Literal["tensorboard", "wandb"]]
@@ -218,11 +225,12 @@ class ValidationParams(Section):
     batch_size: PositiveInt
     """Noised latents per UNet call. Changes speed and memory only."""
     prompts: list[Text]
-    """Prompts drawn into the trackers at each validation after step 0, the same noise each time; may be empty."""
+    """Prompts drawn into the trackers at each validation after step 0, the same noise each time; may be empty, and
+    must be without trackers."""
     num_inference_steps: PositiveInt
-    """DPM-Solver++ steps of these pictures."""
+    """With prompts only: DPM-Solver++ steps of these pictures."""
     guidance_scale: Annotated[float, Field(ge=0)]
-    """Classifier-free guidance of these pictures; 1 or less is none."""
+    """With prompts only: classifier-free guidance of these pictures; 1 or less is none."""
 
 
 class ExportParams(Section):
@@ -242,7 +250,7 @@ class SampleParams(Section):
     prompts: Annotated[list[Text], Field(min_length=1)]
     """One row of the grid each."""
     negative_prompt: str
-    """What guidance steers away from; the empty text is the usual one."""
+    """What guidance steers away from; the empty text is the usual one, and the only one without guidance."""
     images_per_prompt: PositiveInt
     """Pictures per prompt and model."""
     num_inference_steps: PositiveInt
@@ -263,9 +271,9 @@ class EvaluateParams(Section):
     num_prompts: PositiveInt
     """`generated` only: prompts of each kind (new and known concepts) whose pictures are measured."""
     num_inference_steps: PositiveInt
-    """DPM-Solver++ steps of these pictures."""
+    """`generated` only: DPM-Solver++ steps of these pictures."""
     guidance_scale: Annotated[float, Field(ge=0)]
-    """Classifier-free guidance of these pictures; 1 or less is none."""
+    """`generated` only: classifier-free guidance of these pictures; 1 or less is none."""
     batch_size: PositiveInt
     """Latents per UNet call. Changes speed and memory only."""
     num_bootstrap: Annotated[int, Field(ge=100)]

@@ -2,12 +2,45 @@
 
 A rule reads the tree through a `View`, so it is asked even while other fields are faulty, and one
 message can name every fault.
+
+Where other fields leave a field without effect, it must hold its neutral value: then a value that someone gave is never
+ignored, and yet switching one key of the shipped params.yaml, such as `dataset.source`, doesn't force others.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 from sdtrain.schedules import scaled_lr
+
+NEUTRAL = {
+    "base.path": "data/builtin",
+    "dataset.path": "data/images",
+    "dataset.split": "train",
+    "dataset.image_column": "image",
+    "dataset.caption_column": "text",
+    "dataset.alpha_background": "#ffffff",
+    "dataset.num_scenes": 2400,
+    "dataset.new_fraction": 0.8,
+    "precompute.center_crop": True,
+    "train.timestep_sampling": "uniform",
+    "train.branch_from": "data/start",
+    "train.resume_reset": [],
+    "train.ema_schedule": "ramp",
+    "train.ema_decay": 0.99,
+    "validation.prompts": [],
+    "validation.num_inference_steps": 20,
+    "validation.guidance_scale": 4.0,
+    "sample.negative_prompt": "",
+    "evaluate.num_prompts": 160,
+    "evaluate.num_inference_steps": 20,
+    "evaluate.guidance_scale": 4.0,
+}
+"""What a field holds while it has no effect: what params.yaml ships (but for the prompts, which it uses).
+
+Null is neutral, too, for every field that may be null, and the only neutral value of one that isn't named here.
+"""
+
 
 
 class View:
@@ -45,19 +78,87 @@ def _hub_needs_repo(section: str) -> Rule:
     return rule
 
 
-def _source_reads_it(section: str, field: str, unread: str | None, *sources: str) -> Rule:
-    """`field` must be `unread` unless the section's source is one of `sources`, which read it."""
+def _source_reads_it(key: str, *sources: str) -> Rule:
+    """The field must be neutral unless its section's source is one of `sources`, which read it."""
+    section, field = key.split(".")
 
     def rule(p: View) -> str | None:
         source, value = getattr(p, section).source, getattr(getattr(p, section), field)
-        if source not in sources and value != unread:
-            default = "null" if unread is None else unread
+        if source not in sources and not _is_neutral(key, value):
             return (
-                f"{section}.{field} = {value!r}: {section}.source = {source!r} doesn't read it; "
-                f"set {section}.source: {sources[0]}, or {section}.{field}: {default}"
+                f"{key} = {value!r}: {section}.source = {source!r} doesn't read it; "
+                f"set {section}.source: {sources[0]}, or {key}: {_neutral(key)}"
             )
 
     return rule
+
+
+Condition = Callable[[View], tuple[str, str] | None]
+"""Finds what leaves a field without effect, and how to end that; None where nothing does."""
+
+
+def _has_effect(key: str, without: Condition, neutral: str | None = None) -> Rule:
+    """The field must be neutral where the condition leaves it `without` effect; the message advises `neutral`."""
+    section, field = key.split(".")
+
+    def rule(p: View) -> str | None:
+        value, found = getattr(getattr(p, section), field), without(p)
+        if found and not _is_neutral(key, value):
+            cause, way = found
+            return f"{key} = {value!r}: has no effect with {cause}; set it to {neutral or _neutral(key)}, or {way}"
+
+    return rule
+
+
+def _is_neutral(key: str, value: Any) -> bool:
+    return value is None or value == NEUTRAL.get(key)
+
+
+def _neutral(key: str) -> str:
+    """The neutral value as YAML has it."""
+    value = NEUTRAL.get(key)
+    return value if isinstance(value, str) and value[:1].isalpha() else json.dumps(value)
+
+
+def _generated(p: View) -> tuple[str, str] | None:
+    if p.dataset.source == "generated":
+        return "dataset.source = 'generated', whose pictures are opaque squares", "dataset.source to imagefolder"
+
+
+def _not_generated(p: View) -> tuple[str, str] | None:
+    if p.dataset.source != "generated":
+        return f"dataset.source = {p.dataset.source!r}, where no picture is measured", "dataset.source to generated"
+
+
+def _no_trackers(p: View) -> tuple[str, str] | None:
+    if not p.train.trackers:
+        return "train.trackers = [], which alone show pictures", "train.trackers to [tensorboard]"
+
+
+def _no_pictures(p: View) -> tuple[str, str] | None:
+    if p.train.trackers and not p.validation.prompts:
+        return "validation.prompts = []", "give that prompts"
+    return _no_trackers(p)
+
+
+def _no_ema(p: View) -> tuple[str, str] | None:
+    if not p.train.use_ema:
+        return "train.use_ema = False", "train.use_ema to true"
+
+
+def _no_guidance(p: View) -> tuple[str, str] | None:
+    if p.sample.guidance_scale <= 1:
+        return f"sample.guidance_scale = {p.sample.guidance_scale}, which is none", "sample.guidance_scale above 1"
+
+
+def _no_branch(p: View) -> tuple[str, str] | None:
+    if p.train.resume != "branch":
+        return f"train.resume = {p.train.resume!r}", "train.resume to branch"
+
+
+def _one_row(p: View) -> tuple[str, str] | None:
+    if p.train.batch_size == 1:
+        return "train.batch_size = 1, which is one stratum", "raise train.batch_size"
 
 
 def _lr_setting_has_effect(field: str, neutral: float, scheduler: str) -> Rule:
@@ -116,6 +217,8 @@ def _terminal_noise_needs_velocity(p: View) -> str | None:
 
 
 def _ema_settings_fit(p: View) -> str | None:
+    if not p.train.use_ema:
+        return None
     wanted = {"ramp": {"ema_decay"}, "warmup": {"ema_decay", "ema_inv_gamma", "ema_power"}}
     schedule = p.train.ema_schedule
     for field in ("ema_decay", "ema_inv_gamma", "ema_power", "ema_sigma_rel"):
@@ -125,22 +228,6 @@ def _ema_settings_fit(p: View) -> str | None:
                 return f"train.{field} = None: train.ema_schedule = {schedule!r} needs a number"
         elif value is not None:
             return f"train.{field} = {value}: train.ema_schedule = {schedule!r} doesn't use it; set it to null"
-
-
-def _branch_settings_fit(p: View) -> str | None:
-    resume, reset, origin = p.train.resume, p.train.resume_reset, p.train.branch_from
-    if resume == "branch":
-        return None
-    if reset:
-        return (
-            f"train.resume_reset = {reset}: has no effect with train.resume = {resume!r}; "
-            "set train.resume: branch and train.branch_from, or train.resume_reset to []"
-        )
-    if origin != "data/start":
-        return (
-            f"train.branch_from = {origin!r}: has no effect with train.resume = {resume!r}; "
-            "set train.resume: branch, or train.branch_from: data/start"
-        )
 
 
 def _listed_once(field: str) -> Rule:
@@ -188,6 +275,19 @@ def _warmup_ends(p: View) -> str | None:
         return f"train.lr_warmup_steps = {warmup}: must be below train.max_steps = {steps}"
 
 
+def _patience_can_end(p: View) -> str | None:
+    patience, every, steps = p.train.early_stopping_patience, p.validation.every_n_steps, p.train.max_steps
+    if patience is None or steps is None:
+        return None
+    earliest = (patience + 1) * every  # the first validation may be the best
+    if earliest >= steps:
+        return (
+            f"train.early_stopping_patience = {patience}: has no effect with validation.every_n_steps = {every}, as it "
+            f"could stop at step {earliest} at the earliest, and train.max_steps = {steps}; lower one of these, or set "
+            "it to null"
+        )
+
+
 def _export_has_weights(p: View) -> str | None:
     if p.export.weights == "ema" and not p.train.use_ema:
         return "export.weights = 'ema': train.use_ema = False keeps no EMA; use 'raw', or train.use_ema: true"
@@ -203,14 +303,27 @@ def _captions_survive_the_flip(p: View) -> str | None:
 
 RULES: tuple[Rule, ...] = (
     _hub_needs_repo("base"), _hub_needs_repo("dataset"),
-    _source_reads_it("base", "repo", None, "hub"), _source_reads_it("base", "revision", None, "hub"),
-    _source_reads_it("base", "path", "data/builtin", "local"),
-    _source_reads_it("dataset", "repo", None, "hub"), _source_reads_it("dataset", "revision", None, "hub"),
-    _source_reads_it("dataset", "path", "data/images", "imagefolder", "webdataset", "parquet"),
+    _source_reads_it("base.repo", "hub"), _source_reads_it("base.revision", "hub"),
+    _source_reads_it("base.path", "local"),
+    _source_reads_it("dataset.repo", "hub"), _source_reads_it("dataset.revision", "hub"),
+    _source_reads_it("dataset.split", "hub"),
+    _source_reads_it("dataset.path", "imagefolder", "webdataset", "parquet"),
+    _source_reads_it("dataset.image_column", "imagefolder", "webdataset", "parquet", "hub"),
+    _source_reads_it("dataset.caption_column", "imagefolder", "webdataset", "parquet", "hub"),
+    _source_reads_it("dataset.num_scenes", "generated"), _source_reads_it("dataset.new_fraction", "generated"),
+    _has_effect("dataset.alpha_background", _generated), _has_effect("precompute.center_crop", _generated),
+    _has_effect("evaluate.num_prompts", _not_generated), _has_effect("evaluate.num_inference_steps", _not_generated),
+    _has_effect("evaluate.guidance_scale", _not_generated),
+    _has_effect("validation.prompts", _no_trackers), _has_effect("validation.num_inference_steps", _no_pictures),
+    _has_effect("validation.guidance_scale", _no_pictures), _has_effect("sample.negative_prompt", _no_guidance),
+    _has_effect("train.timestep_sampling", _one_row),
+    _has_effect("train.ema_schedule", _no_ema), _has_effect("train.ema_decay", _no_ema, neutral="null"),
+    _has_effect("train.ema_inv_gamma", _no_ema), _has_effect("train.ema_power", _no_ema),
+    _has_effect("train.ema_sigma_rel", _no_ema), _patience_can_end,
     _revision_needs_repo("vae"), _revision_needs_repo("text_encoder"), _steps_or_epochs, _micro_batch_divides,
     _lr_setting_has_effect("lr_num_cycles", 1, "cosine_with_restarts"),
     _lr_setting_has_effect("lr_power", 1.0, "polynomial"), _polynomial_falls,
     _reference_batch_is_stated, _step_rules_are_sound, _terminal_noise_needs_velocity, _ema_settings_fit,
-    _branch_settings_fit, _listed_once("resume_reset"), _listed_once("trackers"),
+    _has_effect("train.branch_from", _no_branch), _has_effect("train.resume_reset", _no_branch), _listed_once("resume_reset"), _listed_once("trackers"),
     _constant_has_no_warmup, _warmup_ends, _export_has_weights, _captions_survive_the_flip,
 )  # fmt: skip

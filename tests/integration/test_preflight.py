@@ -37,7 +37,7 @@ def edit(path, **changes) -> None:
 
 def test_a_cache_of_other_params_is_refused(workspace, latents, tmp_path):
     with pytest.raises(InputError, match=r"precompute.center_crop = True, params.yaml says False; run `dvc repro pre"):
-        workspace.train(tmp_path, latents=latents, precompute={"center_crop": False})
+        workspace.train(tmp_path, latents=latents, precompute={"center_crop": False}, dataset={"source": "imagefolder"})
     with pytest.raises(InputError, match="was made with seed = 0, params.yaml says 7"):
         workspace.train(tmp_path, latents=latents, seed=7)
 

@@ -180,7 +180,7 @@ def test_params_that_change_no_weight_keep_the_state(workspace, whole, tmp_path,
     workspace.train(
         tmp_path,
         train={**STEPS, "micro_batch_size": 4, "num_saved_runs": 9, "save_every_n_steps": 3, "trackers": []},
-        validation={"guidance_scale": 2.0},
+        validation={"batch_size": 32},
     )
     assert "resumes from step 6 of 6" in capfd.readouterr().out
 

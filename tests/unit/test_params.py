@@ -1,13 +1,14 @@
 """params.yaml: what loads, and how faults are told."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from sdtrain.errors import InputError
-from sdtrain.params import Params, Section, check_params, load_params
-from sdtrain.rules import RULES, View, scaled_lr
+from sdtrain.params import DatasetParams, Params, Section, check_params, load_params
+from sdtrain.rules import NEUTRAL, RULES, View, scaled_lr
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "params.yaml"
@@ -142,6 +143,8 @@ def test_every_fault_comes_in_one_message():
         assert sum(line.startswith(f"  {fault}") for line in faults) == 1, fault
 
 
+IMAGEFOLDER = {"dataset__source": "imagefolder"}
+NO_EMA = {"train__use_ema": False, "export__weights": "raw"}
 RULE_CASES = [
     ({"base__source": "hub"}, "base.repo = None: base.source = 'hub' needs a repository, owner/name"),
     ({"dataset__source": "hub"}, "dataset.repo = None: dataset.source = 'hub' needs a repository, owner/name"),
@@ -218,7 +221,7 @@ RULE_CASES = [
     ),
     (
         {"train__branch_from": "a/path"},
-        "train.branch_from = 'a/path': has no effect with train.resume = 'auto'; set train.resume: branch",
+        "train.branch_from = 'a/path': has no effect with train.resume = 'auto'; set it to data/start, or train",
     ),
     ({"train__trackers": ["wandb", "wandb"]}, "train.trackers = ['wandb', 'wandb']: names one twice"),
     ({"base__vae_revision": "main"}, "base.vae_revision = 'main': has no effect without base.vae_repo"),
@@ -237,6 +240,86 @@ RULE_CASES = [
     ),
     ({"train__use_ema": False}, "export.weights = 'ema': train.use_ema = False keeps no EMA; use 'raw'"),
     ({"precompute__random_flip": True}, "precompute.random_flip = True: the captions of dataset.source = 'generated'"),
+    (
+        {"dataset__split": "test"},
+        "dataset.split = 'test': dataset.source = 'generated' doesn't read it; set dataset.source: hub, or "
+        "dataset.split: train",
+    ),
+    ({**IMAGEFOLDER, "dataset__split": "test"}, "dataset.split = 'test': dataset.source = 'imagefolder' doesn't read"),
+    (
+        {"dataset__image_column": "png"},
+        "dataset.image_column = 'png': dataset.source = 'generated' doesn't read it; set dataset.source: imagefolder, "
+        "or dataset.image_column: image",
+    ),
+    (
+        {"dataset__caption_column": "txt"},
+        "dataset.caption_column = 'txt': dataset.source = 'generated' doesn't read it",
+    ),
+    (
+        {**IMAGEFOLDER, "dataset__num_scenes": 100},
+        "dataset.num_scenes = 100: dataset.source = 'imagefolder' doesn't read it; set dataset.source: generated, or "
+        "dataset.num_scenes: 2400",
+    ),
+    ({**IMAGEFOLDER, "dataset__new_fraction": 0.5}, "dataset.new_fraction = 0.5: dataset.source = 'imagefolder' does"),
+    (
+        {"dataset__alpha_background": "#000000"},
+        "dataset.alpha_background = '#000000': has no effect with dataset.source = 'generated', whose pictures are "
+        'opaque squares; set it to "#ffffff", or dataset.source to imagefolder',
+    ),
+    ({"precompute__center_crop": False}, "precompute.center_crop = False: has no effect with dataset.source = 'gener"),
+    (
+        {**IMAGEFOLDER, "evaluate__num_prompts": 40},
+        "evaluate.num_prompts = 40: has no effect with dataset.source = 'imagefolder', where no picture is measured; "
+        "set it to 160, or dataset.source to generated",
+    ),
+    (
+        {**IMAGEFOLDER, "evaluate__num_inference_steps": 25},
+        "evaluate.num_inference_steps = 25: has no effect with dataset.source = 'imagefolder'",
+    ),
+    ({**IMAGEFOLDER, "evaluate__guidance_scale": 7.5}, "evaluate.guidance_scale = 7.5: has no effect with dataset.sou"),
+    (
+        {"train__trackers": [], "validation__prompts": ["a cat"]},
+        "validation.prompts = ['a cat']: has no effect with train.trackers = [], which alone show pictures; set it to "
+        "[], or train.trackers to [tensorboard]",
+    ),
+    (
+        {"train__trackers": [], "validation__prompts": [], "validation__num_inference_steps": 9},
+        "validation.num_inference_steps = 9: has no effect with train.trackers = []",
+    ),
+    (
+        {"validation__prompts": [], "validation__num_inference_steps": 9},
+        "validation.num_inference_steps = 9: has no effect with validation.prompts = []; set it to 20, or give that",
+    ),
+    (
+        {"validation__prompts": [], "validation__guidance_scale": 7.5},
+        "validation.guidance_scale = 7.5: has no effect with validation.prompts = []; set it to 4.0",
+    ),
+    (
+        {"sample__guidance_scale": 1.0, "sample__negative_prompt": "blurry"},
+        "sample.negative_prompt = 'blurry': has no effect with sample.guidance_scale = 1.0, which is none; set it to "
+        '"", or sample.guidance_scale above 1',
+    ),
+    (
+        {"train__timestep_sampling": "stratified", "train__batch_size": 1, "train__micro_batch_size": 1},
+        "train.timestep_sampling = 'stratified': has no effect with train.batch_size = 1, which is one stratum; set it "
+        "to uniform",
+    ),
+    (
+        {**NO_EMA, "train__ema_schedule": "warmup"},
+        "train.ema_schedule = 'warmup': has no effect with train.use_ema = F",
+    ),
+    (
+        {**NO_EMA, "train__ema_decay": 0.9},
+        "train.ema_decay = 0.9: has no effect with train.use_ema = False; set it to null, or train.use_ema to true",
+    ),
+    ({**NO_EMA, "train__ema_inv_gamma": 1.0}, "train.ema_inv_gamma = 1.0: has no effect with train.use_ema = False"),
+    ({**NO_EMA, "train__ema_power": 0.7}, "train.ema_power = 0.7: has no effect with train.use_ema = False"),
+    ({**NO_EMA, "train__ema_sigma_rel": 0.1}, "train.ema_sigma_rel = 0.1: has no effect with train.use_ema = False"),
+    (
+        {"train__early_stopping_patience": 3},
+        "train.early_stopping_patience = 3: has no effect with validation.every_n_steps = 250, as it could stop at "
+        "step 1000 at the earliest, and train.max_steps = 1000; lower one of these, or set it to null",
+    ),
 ]
 
 
@@ -250,7 +333,10 @@ def test_cross_field_rule(changes, fault):
 
 @pytest.mark.parametrize(("changes", "fault"), RULE_CASES)
 def test_cross_field_rule_is_reported_beside_other_faults(changes, fault):
-    text = message(changed(**changes, evaluate=..., validation=3, train__adam_epsilon="high", base__unknown=1))
+    sections = [name for name in ("sample", "evaluate", "validation", "export") if f"{name}." not in fault]
+    missing, odd = [name for name in sections if not any(key.startswith(name) for key in changes)][:2]
+    others = {missing: ..., odd: 3, "train__adam_epsilon": "high", "base__unknown": 1}
+    text = message(changed(**changes, **others))
     assert "params.yaml has 5 faults:" in text
     assert f"\n  {fault}" in text
 
@@ -284,11 +370,67 @@ def test_every_rule_has_a_case():
         {"train__ema_schedule": "warmup", "train__ema_inv_gamma": 1.0, "train__ema_power": 0.75},
         {"train__ema_schedule": "power_function", "train__ema_sigma_rel": 0.1, "train__ema_decay": None},
         {"train__resume": "branch", "train__branch_from": "a/path", "train__resume_reset": ["optimizer", "lr"]},
-        {"train__trackers": []},
+        {"train__trackers": [], "validation__prompts": []},
+        {"validation__prompts": []},
+        {"validation__num_inference_steps": 9, "validation__guidance_scale": 7.5},
+        {"dataset__source": "hub", "dataset__repo": "a/b", "dataset__split": "test", "dataset__caption_column": "said"},
+        {"dataset__source": "webdataset", "dataset__image_column": "png", "dataset__caption_column": "txt"},
+        {"dataset__source": "imagefolder", "dataset__image_column": "photo", "dataset__alpha_background": "#000000"},
+        {"dataset__source": "parquet", "precompute__center_crop": False},
+        {"dataset__num_scenes": 100, "dataset__new_fraction": 0.5, "dataset__max_train_samples": 50},
+        {"evaluate__num_prompts": 40, "evaluate__num_inference_steps": 25, "evaluate__guidance_scale": 7.5},
+        {"sample__negative_prompt": "blurry"},
+        {"sample__guidance_scale": 1.0},
+        {"train__timestep_sampling": "stratified", "train__batch_size": 2, "train__micro_batch_size": 1},
+        {"train__timestep_sampling": "uniform", "train__batch_size": 1, "train__micro_batch_size": 1},
+        {"train__use_ema": False, "export__weights": "raw", "train__ema_decay": None},
+        {"train__early_stopping_patience": 2},
+        {
+            "train__early_stopping_patience": 99,
+            "train__max_steps": None,
+            "train__max_epochs": 9,
+        },
     ],
 )
 def test_what_the_rules_allow(changes):
     assert check_params(changed(**changes)).model_dump() == changed(**changes)
+
+
+def test_the_shipped_params_hold_the_neutral_values():
+    """So that one key can be switched without touching those that it leaves without effect; the prompts are in use."""
+    shipped = load_params(SHIPPED).model_dump()
+    held = {key: shipped[key.split(".")[0]][key.split(".")[1]] for key in NEUTRAL}
+    assert {**held, "validation.prompts": []} == NEUTRAL
+
+
+SOURCES = get_args(DatasetParams.model_fields["source"].annotation)
+MUST_FOLLOW = {
+    "params.yaml": {"hub": {"dataset.repo"}},
+    "pictures.yaml": {"hub": {"dataset.repo"}, "generated": {"precompute.random_flip"}},
+    "scratch.yaml": {
+        "hub": {"dataset.repo", "dataset.num_scenes"},
+        **{source: {"dataset.num_scenes"} for source in ("imagefolder", "webdataset", "parquet")},
+    },
+    "sd15.yaml": {
+        "generated": {"dataset.repo", "precompute.random_flip"},
+        **{source: {"dataset.repo"} for source in ("imagefolder", "webdataset", "parquet")},
+    },
+}
+"""Keys that must change with `dataset.source`, by the file and the source that it is switched to."""
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("path", [SHIPPED, *sorted((ROOT / "recipes").glob("*.yaml"))], ids=lambda path: path.name)
+def test_switching_the_source_alone(path, source):
+    tree = load_params(path).model_dump()
+    tree["dataset"]["source"] = source
+    expected = MUST_FOLLOW[path.name].get(source, set())
+    if not expected:
+        assert check_params(tree).dataset.source == source
+        return
+    faults = message(tree).split("\n")[1:]
+    assert {fault.split(" = ")[0].strip() for fault in faults} == expected
+    assert len(faults) == len(expected)
 
 
 @pytest.mark.parametrize("value", ["32", None, 0, 2.5, True])
@@ -337,8 +479,6 @@ def test_lr_scaling(scaling, lr):
 
 
 def test_every_schedule_of_diffusers_can_be_chosen():
-    from typing import get_args
-
     from diffusers.optimization import SchedulerType
 
     from sdtrain.params import TrainParams
