@@ -1,12 +1,12 @@
 """Gather the base model: data/base."""
 
 from sdtrain.base import resolve_base
-from sdtrain.params import load_params
+from sdtrain.machine import load_trainable_params
 from stages import paths, run
 
 
 def main() -> None:
-    params = load_params(paths.PARAMS)
+    params = load_trainable_params(paths.PARAMS)
     resolve_base(params.base, params.seed, out=paths.BASE)
 
 

@@ -1,12 +1,12 @@
 """Read, check and split the captioned pictures: data/dataset."""
 
 from sdtrain.dataset import build_dataset
-from sdtrain.params import load_params
+from sdtrain.machine import load_trainable_params
 from stages import paths, run
 
 
 def main() -> None:
-    params = load_params(paths.PARAMS)
+    params = load_trainable_params(paths.PARAMS)
     build_dataset(params.dataset, params.seed, out=paths.DATASET, metrics=paths.DATASET_METRICS)
 
 

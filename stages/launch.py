@@ -3,18 +3,20 @@
 import os
 import sys
 
+from sdtrain.errors import InputError
+from sdtrain.machine import launch_numbers
+
 
 def launch(module: str) -> None:
     """Start this stage anew under torchrun where `NPROC` or `NNODES` ask for more than one process.
 
     `NPROC` is the number of processes of this machine. Of several machines, `NNODES`, each runs the same
     command with its own `NODE_RANK`, and with the first one's `MASTER_ADDR` and `MASTER_PORT`.
+
+    Raises:
+        InputError: one of these is missing, or isn't a number.
     """
-    numbers = {name: os.environ.get(name, "1") for name in ("NPROC", "NNODES")}
-    for name, text in numbers.items():
-        if not text.isdigit() or int(text) < 1:
-            sys.exit(f"error: {name} = {text!r}: must be a whole number of 1 or more")
-    num_processes, num_nodes = (int(text) for text in numbers.values())
+    num_processes, num_nodes = launch_numbers()
     if num_processes * num_nodes == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         return
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"]
@@ -23,7 +25,7 @@ def launch(module: str) -> None:
     else:
         missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
-            sys.exit(f"error: NNODES = {num_nodes}: set {', '.join(missing)} too; docs/training.md shows how")
+            raise InputError(f"NNODES = {num_nodes}: set {', '.join(missing)} too; docs/training.md shows how")
         command += [f"--nnodes={num_nodes}", f"--node-rank={os.environ['NODE_RANK']}"]
         command += [f"--master-addr={os.environ['MASTER_ADDR']}", f"--master-port={os.environ['MASTER_PORT']}"]
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in, after a signal

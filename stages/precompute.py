@@ -1,12 +1,12 @@
 """Encode pictures with the VAE and captions with the tokenizer: data/latents."""
 
-from sdtrain.params import load_params
+from sdtrain.machine import load_trainable_params
 from sdtrain.precompute import precompute_latents
 from stages import paths, run
 
 
 def main() -> None:
-    params = load_params(paths.PARAMS)
+    params = load_trainable_params(paths.PARAMS)
     precompute_latents(
         params.precompute,
         params.seed,

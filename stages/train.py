@@ -1,6 +1,6 @@
 """Train on the cached latents: data/checkpoints."""
 
-from sdtrain.params import load_params
+from sdtrain.machine import load_trainable_params
 from sdtrain.train import train
 from sdtrain.training.files import TrainFiles
 from stages import paths, run
@@ -8,6 +8,8 @@ from stages.launch import launch
 
 
 def main() -> None:
+    params = load_trainable_params(paths.PARAMS)
+    launch("stages.train")
     files = TrainFiles(
         base=paths.BASE,
         latents=paths.LATENTS,
@@ -19,9 +21,8 @@ def main() -> None:
         runs=paths.RUNS,
         states=paths.STATES,
     )
-    train(load_params(paths.PARAMS), files)
+    train(params, files)
 
 
 if __name__ == "__main__":
-    launch("stages.train")
     run(main)

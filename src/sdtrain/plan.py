@@ -1,6 +1,5 @@
 """What a params file will do, without doing it: pictures, steps, memory, disk and, if asked, time."""
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -9,12 +8,13 @@ import torch
 
 from sdtrain.errors import InputError
 from sdtrain.files import read_json
+from sdtrain.machine import count_micro_batches, count_processes
 from sdtrain.models.parts import pick_device, read_configs
 from sdtrain.params import Params
 from sdtrain.resume import StateStore
 from sdtrain.training.devices import build_accelerator
 from sdtrain.training.files import TrainFiles
-from sdtrain.training.optimizer import build_lr_scheduler, check_warmup, count_micro_batches, count_steps, peak_lr
+from sdtrain.training.optimizer import build_lr_scheduler, check_warmup, count_steps, peak_lr
 from sdtrain.training.preflight import check_cache, estimate_costs, total_memory_bytes
 from sdtrain.training.spec import read_spec
 from sdtrain.training.step import optimizer_step
@@ -37,7 +37,7 @@ def plan_run(params: Params, files: TrainFiles, num_timed_steps: int) -> list[st
     num_train, num_held_out, origin = _count_pictures(params, latents)
     num_steps = count_steps(train, num_train)
     check_warmup(train, num_steps)
-    num_processes = _count_processes()
+    num_processes = count_processes()
     if num_timed_steps and num_processes > 1:
         raise InputError(f"--time-steps: times one process, the environment asks for {num_processes}; unset NPROC")
     num_micro_batches = count_micro_batches(train, num_processes)
@@ -75,13 +75,6 @@ def plan_run(params: Params, files: TrainFiles, num_timed_steps: int) -> list[st
             f"({num_timed_steps} timed); validation and saving come on top"
         )
     return [f"{name:16} {text}" for name, text in lines.items()]
-
-
-def _count_processes() -> int:
-    numbers = [os.environ.get(name, "1") for name in ("NPROC", "NNODES")]
-    if not all(number.isdigit() and int(number) > 0 for number in numbers):
-        raise InputError(f"NPROC = {numbers[0]!r}, NNODES = {numbers[1]!r}: must be whole numbers of 1 or more")
-    return int(numbers[0]) * int(numbers[1])
 
 
 def _count_pictures(params: Params, latents: Path) -> tuple[int, int, str]:

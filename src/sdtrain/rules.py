@@ -324,6 +324,7 @@ RULES: tuple[Rule, ...] = (
     _lr_setting_has_effect("lr_num_cycles", 1, "cosine_with_restarts"),
     _lr_setting_has_effect("lr_power", 1.0, "polynomial"), _polynomial_falls,
     _reference_batch_is_stated, _step_rules_are_sound, _terminal_noise_needs_velocity, _ema_settings_fit,
-    _has_effect("train.branch_from", _no_branch), _has_effect("train.resume_reset", _no_branch), _listed_once("resume_reset"), _listed_once("trackers"),
+    _has_effect("train.branch_from", _no_branch), _has_effect("train.resume_reset", _no_branch),
+    _listed_once("resume_reset"), _listed_once("trackers"),
     _constant_has_no_warmup, _warmup_ends, _export_has_weights, _captions_survive_the_flip,
 )  # fmt: skip

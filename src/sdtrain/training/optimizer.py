@@ -1,6 +1,5 @@
 """The optimizer, its learning rate's schedule, and how many steps and passes a run makes."""
 
-import importlib.util
 import math
 from collections.abc import Iterable
 
@@ -22,11 +21,7 @@ _FUSED = ("cuda", "cpu", "mps", "xpu")
 
 
 def build_optimizer(weights: Iterable[nn.Parameter], params: TrainParams, device: torch.device) -> Optimizer:
-    """AdamW over the trained weights.
-
-    Raises:
-        InputError: 8-bit AdamW without a CUDA GPU or without bitsandbytes.
-    """
+    """AdamW over the trained weights."""
     settings = {
         "lr": peak_lr(params),
         "betas": (params.adam_beta1, params.adam_beta2),
@@ -37,14 +32,6 @@ def build_optimizer(weights: Iterable[nn.Parameter], params: TrainParams, device
         # Under fp16's loss scaling the fused kernel skips a step without telling, and the schedule must know.
         fused = device.type in _FUSED and params.precision != "fp16"
         return torch.optim.AdamW(weights, **settings, fused=fused)
-    if device.type != "cuda":
-        raise InputError(
-            f"train.optimizer = 'adamw_8bit': needs a CUDA GPU, this run is on the {device.type}; use 'adamw'"
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(
-            "train.optimizer = 'adamw_8bit': bitsandbytes isn't installed; run `pip install '.[8bit]'`, or use 'adamw'"
-        )
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(weights, **settings)
@@ -88,19 +75,3 @@ def check_warmup(params: TrainParams, num_steps: int) -> None:
             f"train.lr_warmup_steps = {params.lr_warmup_steps}: must be below the {num_steps} steps that the "
             "learning rate's schedule spans"
         )
-
-
-def count_micro_batches(params: TrainParams, num_processes: int) -> int:
-    """Forward passes per process and step.
-
-    Raises:
-        InputError: the effective batch can't be split that way.
-    """
-    per_pass = params.micro_batch_size * num_processes
-    if params.batch_size % per_pass:
-        raise InputError(
-            f"train.batch_size = {params.batch_size}: can't be split into micro-batches of "
-            f"{params.micro_batch_size} on {num_processes} processes; take a multiple of "
-            f"{per_pass}, or lower train.micro_batch_size"
-        )
-    return params.batch_size // per_pass

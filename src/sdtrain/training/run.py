@@ -15,6 +15,7 @@ from sdtrain.checkpoints import is_checkpoint
 from sdtrain.diffusion import PredictionType
 from sdtrain.errors import InputError
 from sdtrain.evaluation.held_out import HeldOut
+from sdtrain.machine import check_trackers
 from sdtrain.manifests import encoders_fingerprint, read_manifest
 from sdtrain.params import Params
 from sdtrain.resume import StateStore, load_state, read_state
@@ -28,7 +29,7 @@ from sdtrain.training.optimizer import build_lr_scheduler
 from sdtrain.training.selection import Candidate, has_stalled
 from sdtrain.training.spec import RunSpec, read_spec
 from sdtrain.training.step import weights_norm
-from sdtrain.training.trackers import Trackers, check_trackers
+from sdtrain.training.trackers import Trackers
 from sdtrain.training.trainer import Trainer, build_trainer
 
 

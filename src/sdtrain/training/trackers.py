@@ -1,6 +1,5 @@
 """What a run tells while it works: a progress bar, and TensorBoard or Weights & Biases. None of it is state."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,6 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL import Image
 from tqdm import tqdm
-
-from sdtrain.errors import InputError
 
 
 class Trackers:
@@ -75,16 +72,6 @@ class Trackers:
     def _log(self, group: str, row: dict) -> None:
         values = {f"{group}/{name}": value for name, value in row.items() if name != "step" and value is not None}
         self._accelerator.log(values, step=row["step"])
-
-
-def check_trackers(names: list[str]) -> None:
-    """Check that what the trackers need is installed.
-
-    Raises:
-        InputError: Weights & Biases isn't.
-    """
-    if "wandb" in names and importlib.util.find_spec("wandb") is None:
-        raise InputError("train.trackers: wandb isn't installed; run `pip install '.[wandb]'`, or leave it out")
 
 
 def _build(names: list[str], runs: Path, run_name: str, first_step: int) -> list[GeneralTracker]:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from sdtrain.batches import BatchMaker
 from sdtrain.diffusion import Objective
+from sdtrain.machine import check_device, count_micro_batches
 from sdtrain.manifests import encoders_fingerprint
 from sdtrain.methods import build_method
 from sdtrain.methods.method import Method, enable_gradient_checkpointing, trained_parameters
@@ -18,9 +19,8 @@ from sdtrain.models.ema import build_ema
 from sdtrain.models.parts import Parts, load_parts, tokenize, training_scheduler
 from sdtrain.params import Params
 from sdtrain.shards import LatentShards
-from sdtrain.training.devices import check_attention, check_compiler
 from sdtrain.training.files import TrainFiles
-from sdtrain.training.optimizer import build_optimizer, count_micro_batches
+from sdtrain.training.optimizer import build_optimizer
 
 
 @dataclass
@@ -64,7 +64,7 @@ def build_trainer(params: Params, files: TrainFiles, accelerator: Accelerator) -
         InputError: cache, base and method don't belong together, or a param asks for what the device can't do.
     """
     train, device = params.train, accelerator.device
-    check_attention(train, device)
+    check_device(train, device.type)
     num_micro_batches = count_micro_batches(train, accelerator.num_processes)
     shards = LatentShards(files.latents, "train", encoders_fingerprint(files.base))
     parts = load_parts(files.base)
@@ -78,7 +78,6 @@ def build_trainer(params: Params, files: TrainFiles, accelerator: Accelerator) -
     if train.gradient_checkpointing:
         enable_gradient_checkpointing((parts.unet, method.trained))
     if train.compile:
-        check_compiler()
         method.trained.compile()
     weights = trained_parameters(method)
     model, optimizer = accelerator.prepare(method.trained, build_optimizer(weights.values(), train, device))
