@@ -8,7 +8,9 @@ import yaml
 
 from sdtrain.errors import InputError
 from sdtrain.params import DatasetParams, Params, Section, check_params, load_params
-from sdtrain.rules import NEUTRAL, RULES, View, scaled_lr
+from sdtrain.rules import NEUTRAL, RULES, View
+from sdtrain.schedules import scaled_lr
+from sdtrain.training.optimizer import peak_lr
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "params.yaml"
@@ -475,7 +477,7 @@ def test_lr_scaling(scaling, lr):
     tree = changed(
         train__lr=1e-4, train__batch_size=32, train__lr_scaling=scaling, train__lr_reference_batch_size=reference
     )
-    assert check_params(tree).train.scaled_lr == pytest.approx(lr)
+    assert peak_lr(check_params(tree).train) == pytest.approx(lr)
 
 
 def test_every_schedule_of_diffusers_can_be_chosen():
