@@ -143,26 +143,24 @@ def _from_folder(source: Path, parts: list[str], folder: Path) -> dict:
 
 
 def _from_hub(key: str, repo: str, revision: str | None, parts: list[str], folder: Path) -> dict:
-    from huggingface_hub import HfApi, snapshot_download
-
+    where = f"{key} = {repo!r}"
     if key == "base.repo":
         instead = "set base.source: local and base.path to a Diffusers folder on this machine (data/builtin is one)"
     else:
         instead = f"set {key}: null to keep the base's own"
-    with hub.explained(key, repo, revision, instead):
-        info = HfApi().model_info(repo, revision=revision)
-        names = [sibling.rfilename for sibling in info.siblings]
-        wanted = [name for part in parts for name in _files_of(f"{key} = {repo!r}", part, names)]
-        snapshot = Path(snapshot_download(repo, revision=info.sha, allow_patterns=wanted))
+    with hub.repository(key, repo, revision, "model", instead) as source:
+        names = list(source.files)
+        paths = source.fetch([name for part in parts for name in _files_of(where, part, names)])
     for part in parts:
-        _take(f"{key} = {repo!r}", part, names, lambda name: snapshot / name, folder)
-    print(f"{key}: {repo} at {revision or 'its newest revision'} is commit {info.sha}")
-    return {"repo": repo, "revision": revision, "commit": info.sha, "parts": parts}
+        _take(where, part, names, paths.__getitem__, folder)
+    return {"repo": repo, "revision": revision, "commit": source.commit, "parts": parts}
 
 
 def _take(where: str, part: str, names: list[str], locate: Callable[[str], Path], folder: Path) -> None:
     (folder / part).mkdir()
     for name in _files_of(where, part, names):
+        if hub.is_lfs_pointer(locate(name)):
+            raise InputError(f"{where}: {name} is a Git LFS pointer, not the file itself; run `git lfs pull` there")
         shutil.copyfile(locate(name), folder / part / Path(name).name)
 
 

@@ -1,11 +1,27 @@
-"""What can go wrong between here and the Hugging Face hub, in words that help."""
+"""Files from the Hugging Face hub: each one checked against what the hub tells of it, network faults waited out.
 
-from collections.abc import Iterator
+    with hub.repository("base.repo", "acme/model", None, "model", instead="…") as source:
+        paths = source.fetch(["unet/config.json"])
+
+The hub tells every file's size and hash at a commit: SHA-256 for files in LFS, git's blob id for the others. What is
+fetched, and what the local cache holds already, is used only if it has them.
+"""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session, set_client_factory
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -15,9 +31,26 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import httpx, parse_ratelimit_headers, silent_tqdm
+from huggingface_hub.utils.sha import git_hash
 
 from sdtrain.errors import InputError
+from sdtrain.files import sha256_file
 
+if TYPE_CHECKING:
+    from huggingface_hub import RepoFile
+
+NUM_TRIES = 5
+FIRST_WAIT_S = 1.0
+"""Before the second try; it doubles with each further one, and lasts longer where the hub asks for that."""
+LONGEST_WAIT_S = 300.0
+"""The hub counts requests in windows of five minutes."""
+
+_NETWORK_FAULTS = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
+_TRANSIENT = {408, 429, 500, 502, 503, 504}
+_MANY_FILES = 16
+"""From here on a progress bar for each file would only flicker."""
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
@@ -25,41 +58,264 @@ _MOVED = {
 }
 
 
+@dataclass(frozen=True)
+class Repository:
+    """A repository at one commit, and what the hub tells of each of its files."""
+
+    key: str
+    name: str
+    kind: str
+    commit: str
+    files: dict[str, "RepoFile"]
+
+    def fetch(self, names: Collection[str]) -> dict[str, Path]:
+        """Fetch files, or find them in the hub's local cache, and return where each one lies.
+
+        Raises:
+            InputError: what arrives isn't what the hub tells of a file, twice.
+        """
+        with ThreadPoolExecutor(8) as pool:
+            found = dict(zip(names, pool.map(partial(self._get, quiet=len(names) > _MANY_FILES), names), strict=True))
+        bad = [name for name, (_, fault) in found.items() if fault is not None]
+        for name in bad:  # all before the first is fetched again: files of the same content share one in the cache
+            path, fault = found[name]
+            _discard(path)
+            print(f"{self._place(name)}: {fault}; discarded, fetching it again", flush=True)
+        for name in bad:
+            path, fault = found[name] = self._get(name)
+            if fault is not None:
+                _discard(path)
+                raise InputError(
+                    f"{self._place(name)}: {fault}, also when fetched again; nothing of it is kept. Check that no "
+                    f"proxy or login page answers in place of {constants.ENDPOINT}, or try again later"
+                )
+        return {name: path for name, (path, _) in found.items()}
+
+    def _get(self, name: str, quiet: bool = False) -> tuple[Path | None, str | None]:
+        """Where a file lies, and what is wrong with it."""
+        from huggingface_hub import hf_hub_download
+
+        bar = silent_tqdm if quiet else None
+        try:
+            path = Path(hf_hub_download(self.name, name, repo_type=self.kind, revision=self.commit, tqdm_class=bar))
+        except ValueError as error:
+            raise InputError(f"{self._place(name)}: {error}") from None
+        except (OSError, RuntimeError) as error:
+            # Another length than announced is a bare OSError, a fault of Xet's a RuntimeError; no file is kept.
+            if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+                raise
+            return None, str(error).splitlines()[0]
+        fault = _mismatch(path, self.files[name])
+        if fault is None and is_lfs_pointer(path):
+            raise InputError(
+                f"{self._place(name)}: is a Git LFS pointer in the repository itself, which lacks the file that it "
+                "stands for; take another revision or repository"
+            )
+        return path, fault
+
+    def _place(self, name: str) -> str:
+        return f"{self.key} = {self.name!r}: {name} at commit {self.commit}"
+
+
 @contextmanager
-def explained(key: str, repo: str, revision: str | None, instead: str) -> Iterator[None]:
-    """Turn the hub client's errors into an `InputError` that names the params key and the way out.
+def repository(key: str, name: str, revision: str | None, kind: str, instead: str) -> Iterator[Repository]:
+    """A repository at the commit that `revision` stands for; faults of hub and network, here and in the body, in words.
 
     Args:
         key: the params key that named the repository, e.g. `base.repo`.
+        kind: `model` or `dataset`.
         instead: what to do where there is no network.
+
+    Raises:
+        InputError: names the params key and the way out.
     """
-    name = f"{key} = {repo!r}"
+    _be_patient()
     try:
-        yield
-    except HFValidationError as error:
-        raise InputError(f"{name}: not a name that the hub allows: {error}") from None
-    except GatedRepoError:
+        found = _look_up(key, name, revision, kind)
+        print(f"{key}: {name} at {revision or 'its newest revision'} is commit {found.commit}", flush=True)
+        yield found
+    except (HFValidationError, HTTPError, OSError, _Unanswered) as error:
+        raise InputError(f"{key} = {name!r}: {_explain(error, name, revision, instead)}") from None
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file only says where Git LFS keeps the real one."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
+def _look_up(key: str, name: str, revision: str | None, kind: str) -> Repository:
+    from huggingface_hub import HfApi, RepoFile
+
+    api = HfApi()
+    try:
+        commit = api.repo_info(name, repo_type=kind, revision=revision).sha
+        if not isinstance(commit, str) or not re.fullmatch("[0-9a-f]{40}", commit):
+            raise ValueError(f"it gives {commit!r} for a commit's hash")
+        entries = api.list_repo_tree(name, repo_type=kind, revision=commit, recursive=True)
+        files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    except HFValidationError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # as reading some other JSON, or none, ends
         raise InputError(
-            f"{name}: the repository is gated; accept its terms on its page, then log in with `hf auth login`"
+            f"{key} = {name!r}: what {constants.ENDPOINT} answers isn't what the hub's API gives "
+            f"({type(error).__name__}: {error}); check that no proxy or login page answers in its place"
         ) from None
-    except RevisionNotFoundError:
-        raise InputError(f"{name}: has no revision {revision!r}; see its branches and commits on its page") from None
-    except RepositoryNotFoundError:
-        moved = f"; it moved: use {_MOVED[repo]!r}" if repo in _MOVED else ""
-        hint = moved or "; check the spelling, or log in with `hf auth login` if it is private"
-        raise InputError(f"{name}: the hub has no such repository{hint}") from None
-    except OfflineModeIsEnabled:
-        raise InputError(f"{name}: HF_HUB_OFFLINE is set, so the hub can't be asked; unset it, or {instead}") from None
-    except EntryNotFoundError as error:
-        if isinstance(error, LocalEntryNotFoundError):
-            raise InputError(_unreachable(name, instead)) from None
-        raise InputError(f"{name}: {error}") from None
-    except HfHubHTTPError as error:
-        said = error.server_message or error.response.reason_phrase
-        raise InputError(f"{name}: the hub answered {error.response.status_code}: {said}") from None
-    except (HTTPError, ConnectionError) as error:
-        raise InputError(f"{_unreachable(name, instead)} ({error})") from None
+    return Repository(key, name, kind, commit, files)
 
 
-def _unreachable(name: str, instead: str) -> str:
-    return f"{name}: can't reach the hub at {constants.ENDPOINT}; check the network, or {instead}"
+def _mismatch(path: Path, told: "RepoFile") -> str | None:
+    """What a file has otherwise than the hub tells of it; nothing if it is the same."""
+    if told.lfs is not None:
+        algorithm, expected, found = "SHA-256", told.lfs.sha256, sha256_file(path)
+    else:
+        algorithm, expected, found = "git blob id", told.blob_id, git_hash(path.read_bytes())
+    size = path.stat().st_size
+    if (size, found) == (told.size, expected):
+        return None
+    with path.open("rb") as file:
+        start = file.read(200).lstrip().lower()
+    looks = " (it is a Git LFS pointer)" if is_lfs_pointer(path) else ""
+    looks = " (it is an HTML page)" if start.startswith((b"<!doctype html", b"<html")) else looks
+    return f"has {size} bytes and {algorithm} {found}{looks}; the hub tells {told.size} bytes and {expected}"
+
+
+def _discard(path: Path | None) -> None:
+    """Delete a file of the hub's local cache, where it is a link to what it holds."""
+    if path is not None:
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def _explain(error: Exception, name: str, revision: str | None, instead: str) -> str:
+    unreachable = f"can't reach the hub at {constants.ENDPOINT}; check the network, or {instead}"
+    match error:
+        case _Unanswered(reached=True):
+            return f"{error} (tried {NUM_TRIES} times)"
+        case _Unanswered():
+            return f"{unreachable} (tried {NUM_TRIES} times: {error})"
+        case HFValidationError():
+            return f"not a name that the hub allows: {error}"
+        case GatedRepoError():
+            return "the repository is gated; accept its terms on its page, then log in with `hf auth login`"
+        case RevisionNotFoundError():
+            return f"has no revision {revision!r}; see its branches and commits on its page"
+        case RepositoryNotFoundError():
+            moved = f"it moved: use {_MOVED[name]!r}" if name in _MOVED else None
+            hint = moved or "check the spelling, or log in with `hf auth login` if it is private"
+            return f"the hub has no such repository; {hint}"
+        case OfflineModeIsEnabled():
+            return f"HF_HUB_OFFLINE is set, so the hub can't be asked; unset it, or {instead}"
+        case LocalEntryNotFoundError(__cause__=HfHubHTTPError() | FileMetadataError() as cause):
+            return _explain(cause, name, revision, instead)
+        case LocalEntryNotFoundError():
+            return unreachable
+        case HfHubHTTPError() if not isinstance(error, EntryNotFoundError):
+            said = error.server_message or error.response.reason_phrase
+            return f"the hub answered {error.response.status_code}: {said}"
+        case HTTPError() | ConnectionError() if not isinstance(error, HfHubHTTPError):
+            return f"{unreachable} ({error})"
+    return str(error)
+
+
+class _Unanswered(Exception):
+    """The hub, or its network, failed as often as we try.
+
+    No `OSError` and none of the client's own errors: those are caught, tried again or taken for an absent file by the
+    libraries between here and the request.
+    """
+
+    def __init__(self, fault: str, reached: bool) -> None:
+        super().__init__(fault)
+        self.reached = reached
+
+
+@cache
+def _be_patient() -> None:
+    """Have all that asks the hub in this process, Datasets too, ask through `_PatientClient`."""
+    hooks = get_session().event_hooks  # the hub client's own, which keep to HF_HUB_OFFLINE
+    set_client_factory(partial(_PatientClient, event_hooks=hooks, follow_redirects=True))
+
+
+class _PatientClient(httpx.Client):
+    """Tries again, after growing waits that it prints, what failed for the network's or the hub's weakness."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self._num_faults = Counter()
+        """By URL, since something last came of it."""
+
+    def send(self, request: httpx.Request, *, stream: bool = False, **options) -> httpx.Response:
+        if request.method == "HEAD" and not str(request.url).startswith(constants.ENDPOINT):
+            return super().send(request, stream=stream, **options)  # Datasets counts loads elsewhere: never mind
+        given = {key: value for key, value in request.extensions.get("timeout", {}).items() if value is not None}
+        patience = httpx.Timeout(constants.HF_HUB_DOWNLOAD_TIMEOUT).as_dict()
+        request.extensions["timeout"] = {**patience, **given}  # the hub's API would wait for ever
+        while True:
+            try:
+                response = super().send(request, stream=stream, **options)
+            except _NETWORK_FAULTS as error:
+                self.wait_after(request, str(error) or type(error).__name__)
+                continue
+            if response.status_code not in _TRANSIENT:
+                break
+            said = response.headers.get("X-Error-Message", response.reason_phrase)
+            response.close()
+            fault = f"the hub answered {response.status_code}: {said}"
+            self.wait_after(request, fault, at_least_s=_asked_wait(response), reached=True)
+        if stream:
+            response.stream = _Body(response.stream, self, request)
+        else:
+            self.has_come(request)
+        return response
+
+    def wait_after(self, request: httpx.Request, fault: str, at_least_s: float = 0, reached: bool = False) -> None:
+        """Wait for the next try, or raise `_Unanswered` after the last."""
+        url = str(request.url.copy_with(query=None))
+        self._num_faults[url] += 1
+        num_faults = self._num_faults[url]
+        if num_faults == NUM_TRIES:
+            self.has_come(request)
+            raise _Unanswered(fault if reached else f"{fault}, at {url}", reached)
+        wait_s = min(max(FIRST_WAIT_S * 2 ** (num_faults - 1), at_least_s), LONGEST_WAIT_S)
+        print(f"{url}: {fault}; trying again in {wait_s:g} s ({num_faults + 1} of {NUM_TRIES})", flush=True)
+        time.sleep(wait_s)
+
+    def has_come(self, request: httpx.Request) -> None:
+        self._num_faults.pop(str(request.url.copy_with(query=None)), None)
+
+
+class _Body(httpx.SyncByteStream):
+    """The bytes of a download; where they break off, waits and says so.
+
+    It then raises the one error after which `hf_hub_download` asks for the rest: of a reset connection it would begin
+    anew.
+    """
+
+    def __init__(self, stream: httpx.SyncByteStream, client: _PatientClient, request: httpx.Request) -> None:
+        self._stream, self._client, self._request = stream, client, request
+
+    def __iter__(self) -> Iterator[bytes]:
+        size = 0
+        try:
+            for data in self._stream:
+                size += len(data)
+                if size > constants.DOWNLOAD_CHUNK_SIZE:  # as much as `hf_hub_download` keeps
+                    self._client.has_come(self._request)
+                yield data
+        except _NETWORK_FAULTS as error:
+            self._client.wait_after(self._request, str(error) or type(error).__name__)
+            raise httpx.RemoteProtocolError(str(error)) from error
+        self._client.has_come(self._request)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _asked_wait(response: httpx.Response) -> float:
+    """For how many seconds the hub asks us to wait."""
+    limit = parse_ratelimit_headers(response.headers)
+    if response.status_code == 429 and limit is not None and limit.remaining == 0:
+        return limit.reset_in_seconds
+    asked = response.headers.get("Retry-After", "")
+    return int(asked) if asked.isdigit() else 0

@@ -26,6 +26,9 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", 
 _HUB_CACHE = re.compile(r"/[^:]*/snapshots/[0-9a-f]{40}/")
 """Where the hub's client keeps a repository's files: differs between machines, so no input's name holds it."""
 
+_CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
+"""The files by which a data set on the hub says what it holds."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -53,14 +56,15 @@ def open_source(params: DatasetParams, seed: int, scratch: str) -> Source:
     """Open the source that the params name.
 
     Args:
-        scratch: an empty folder for what Datasets caches while local files are read.
+        scratch: an empty folder for what Datasets caches while it reads; must outlive the source.
 
     Raises:
         InputError: the source isn't there, can't be read, or lacks a column.
     """
     if params.source == "generated":
         return Source({"generated": params.num_scenes}, range(params.num_scenes), partial(_draw_scene, params, seed))
-    record, table = _from_hub(params) if params.source == "hub" else _from_files(params, scratch)
+    read = _from_hub if params.source == "hub" else _from_files
+    record, table = read(params, scratch)
     source = Source(record, list(range(len(table))), _reader(table, params))
     if params.source == "imagefolder":
         source = _imagefolder(table, source, params)
@@ -76,25 +80,36 @@ def _draw_scene(params: DatasetParams, seed: int, index: int) -> Candidate:
     return Candidate(f"row {index}", scenes.png_bytes(scenes.render(scene, rng)), scenes.draw_caption(scene, rng))
 
 
-def _from_hub(params: DatasetParams) -> tuple[dict, "datasets.Dataset"]:
+def _from_hub(params: DatasetParams, scratch: str) -> tuple[dict, "datasets.Dataset"]:
+    """Read a hub data set from checked files, through a scratch cache: an earlier run's tables stay out of it."""
     import datasets
-    from huggingface_hub import HfApi
 
+    key, repo = "dataset.repo", params.repo
     instead = "set dataset.source: imagefolder and dataset.path to a folder on this machine, or use 'generated'"
-    with hub.explained("dataset.repo", params.repo, params.revision, instead):
-        commit = HfApi().dataset_info(params.repo, revision=params.revision).sha
-        faults = (datasets.exceptions.DatasetsError, datasets.data_files.EmptyDatasetError, ValueError, RuntimeError)
+    faults = (datasets.exceptions.DatasetsError, datasets.data_files.EmptyDatasetError, ValueError, RuntimeError)
+    faults += (zipfile.BadZipFile,)  # Datasets looks into an archive to learn what the data set is
+    with hub.repository(key, repo, params.revision, "dataset", instead) as source:
+        source.fetch([name for name in _CARDS if name in source.files])
         try:
-            splits = datasets.get_dataset_split_names(params.repo, revision=commit)
-            if params.split in splits:
-                table = datasets.load_dataset(params.repo, revision=commit, split=params.split)
+            builder = datasets.load_dataset_builder(repo, revision=source.commit, cache_dir=scratch)
+            splits = builder.config.data_files
+            if params.split not in splits:
+                raise InputError(f"dataset.split = {params.split!r}: {repo} has {', '.join(splits)}")
+            root = f"hf://datasets/{repo}@{source.commit}/"
+            urls = {str(url) for files in splits.values() for url in files}
+            if foreign := sorted(url for url in urls if not url.startswith(root)):
+                fault = f"names files outside commit {source.commit}, which can't be checked: {foreign[0]}"
+                raise InputError(f"{key} = {repo!r}: {fault}; {instead}")
+            source.fetch(sorted(url.removeprefix(root) for url in urls))
+            builder.download_and_prepare()  # finds these very files in the hub's cache
+            table = builder.as_dataset(split=params.split)
+        except InputError:
+            raise
         except faults as error:
             cause = " ".join(str(error.__cause__ or error).split()).rstrip(".")
-            raise InputError(f"dataset.repo = {params.repo!r}: can't be read: {cause}; {instead}") from None
-    if params.split not in splits:
-        raise InputError(f"dataset.split = {params.split!r}: {params.repo} has {', '.join(splits)}")
-    print(f"dataset.repo: {params.repo} at {params.revision or 'its newest revision'} is commit {commit}")
-    return {"repo": params.repo, "revision": params.revision, "commit": commit, "split": params.split}, table
+            raise InputError(f"{key} = {repo!r}: can't be read: {cause}; {instead}") from None
+    record = {"repo": repo, "revision": params.revision, "commit": source.commit, "split": params.split}
+    return record, table
 
 
 def _from_files(params: DatasetParams, scratch: str) -> tuple[dict, "datasets.Dataset"]:

@@ -85,8 +85,10 @@ def _run(call: dict) -> None:
 
 
 def _serve() -> None:
+    from sdtrain import hub
     from sdtrain.errors import InputError
 
+    hub.FIRST_WAIT_S = 0.01
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else writes to standard output
     for line in sys.stdin:

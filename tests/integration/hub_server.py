@@ -6,16 +6,85 @@
         assert hub.asked_for("acme/model") == {"config.json"}
 
 Served are, for models and data sets: a repository's info, its tree, `paths-info`, and its files by
-HEAD and GET, with ranges. Faults carry the `X-Error-Code` by which the clients tell them apart.
+HEAD and GET, with ranges. Files of the types in `LFS` are told of as the hub does of files in LFS.
+Refusals carry the `X-Error-Code` by which the clients tell them apart.
+
+How an answer goes wrong is a function from the right `Response` to the one that is sent:
+
+    hub.misbehave("acme/model", "config.json", breaking_off(10), times=2)
 """
 
 import hashlib
 import json
+import os
+import socket
+import struct
+import termios
 import threading
-from dataclasses import dataclass, field
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from fcntl import ioctl
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from urllib.parse import parse_qs, unquote, urlsplit
+
+LFS = (".safetensors", ".bin", ".ckpt", ".parquet", ".png", ".zip", ".tar")
+INFO, TREE = "/", "/tree"
+"""What of a repository can go wrong beside its files: the API's answers to what it is, and to what it holds."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """What is sent, and how much of the body, if not all, before the connection ends."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    num_sent: int | None = None
+    reset: bool = False
+    wait: threading.Event | None = None
+
+
+Fault = Callable[[Response], Response]
+
+
+def flipped(answer: Response) -> Response:
+    """One bit of the body is wrong."""
+    middle = len(answer.body) // 2
+    return replace(answer, body=answer.body[:middle] + bytes([answer.body[middle] ^ 1]) + answer.body[middle + 1 :])
+
+
+def replaced(body: bytes, **headers: str) -> Fault:
+    """All is well but the body, which is another, with a `Content-Length` of its own."""
+    return lambda answer: replace(answer, body=body, headers={**answer.headers, **headers})
+
+
+def edited(**changes: object) -> Fault:
+    """A JSON object with other values."""
+    return lambda answer: replace(answer, body=_json({**json.loads(answer.body), **changes}))
+
+
+def refused(status: int, message: str = "", **headers: str) -> Fault:
+    """Another status; an underscore in a header's name stands for a hyphen."""
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda answer: Response(status, {"X-Error-Message": message, **headers}, b"")
+
+
+def breaking_off(num_bytes: int) -> Fault:
+    """The connection is closed after so many bytes of the body."""
+    return lambda answer: replace(answer, num_sent=num_bytes)
+
+
+def reset(num_bytes: int | None = None) -> Fault:
+    """The connection is reset: after so many bytes of the body, or before any answer."""
+    return lambda answer: replace(answer, num_sent=-1 if num_bytes is None else num_bytes, reset=True)
+
+
+def stalled(until: threading.Event) -> Fault:
+    """No answer comes."""
+    return lambda answer: replace(answer, wait=until)
 
 
 @dataclass
@@ -24,9 +93,10 @@ class _Repo:
     refs: dict[str, str] = field(default_factory=dict)
     gated: bool = False
     broken: bool = False
+    faults: dict[tuple[str, str], list] = field(default_factory=lambda: defaultdict(list))
 
 
-class _Fault(Exception):
+class _Refusal(Exception):
     """An answer other than 200."""
 
     def __init__(self, status: int, code: str | None, message: str) -> None:
@@ -39,6 +109,7 @@ class HubServer:
     def __init__(self) -> None:
         self._repos: dict[tuple[str, str], _Repo] = {}
         self._asked_for: list[tuple[str, str]] = []
+        self._ranges: list[tuple[str, str]] = []
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -84,33 +155,72 @@ class HubServer:
         """The files of a repository that any client has asked for, by HEAD or GET."""
         return {path for repo, path in self._asked_for if repo == name}
 
+    def misbehave(self, name: str, what: str, fault: Fault, *, times: int = 10**9, method: str = "GET") -> None:
+        """Have the next `times` answers about `what` of a repository go wrong, after those arranged before.
+
+        Args:
+            what: a file's path, `INFO` or `TREE`.
+        """
+        (repo,) = (repo for (_, other), repo in self._repos.items() if other == name)
+        repo.faults[method, what].append([times, fault])
+
+    def ranges(self, path: str) -> list[str]:
+        """The ranges in which a file was fetched, in order; empty for the whole."""
+        return [wanted for asked, wanted in self._ranges if asked == path]
+
+    def respond(self, method: str, url: str, wanted: str, form: dict[str, list[str]]) -> Response:
+        """The answer to a request, right or as arranged, with the range `wanted` of its body."""
+        path, query = urlsplit(url).path, parse_qs(urlsplit(url).query)
+        try:
+            headers, body = self.answer(path, query, form)
+            answer = Response(200, headers, body)
+        except _Refusal as fault:
+            headers = {"X-Error-Message": fault.message, **({"X-Error-Code": fault.code} if fault.code else {})}
+            answer = Response(fault.status, headers, _json({"error": fault.message}))
+        kind, name, is_api, (verb, _, *rest) = _parse(path)
+        what = {"": INFO, "revision": INFO, "tree": TREE}.get(verb, "") if is_api else "/".join(rest).rstrip("/")
+        repo = self._repos.get((kind, name))
+        pending = repo.faults[method, what] if repo else []
+        if pending:
+            pending[0][0] -= 1
+            answer = pending[0][1](answer)
+            if pending[0][0] == 0:
+                pending.pop(0)
+        if method == "GET" and not is_api:
+            self._ranges.append((what, wanted))
+        if answer.status == 200 and wanted:
+            first, _, last = wanted.partition("-")
+            size = len(answer.body)
+            start, end = int(first), min(int(last) + 1 if last else size, size)
+            headers = {**answer.headers, "Content-Range": f"bytes {start}-{end - 1}/{size}"}
+            answer = replace(answer, status=206, headers=headers, body=answer.body[start:end])
+        return answer
+
     def answer(self, path: str, query: dict[str, list[str]], form: dict[str, list[str]]) -> tuple[dict, bytes]:
         """Headers and body of the answer to a path like `/api/models/acme/model/tree/main`.
 
         Raises:
-            _Fault: the answer isn't 200.
+            _Refusal: the answer isn't 200.
         """
-        parts = [unquote(part) for part in path.strip("/").split("/")]
-        is_api = parts[0] == "api"
-        parts = parts[1:] if is_api else parts
-        kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
-        name, (verb, revision, *rest) = "/".join(parts[:2]), [*parts[2:], "", ""]
+        kind, name, is_api, (verb, revision, *rest) = _parse(path)
         repo, rest = self._repos.get((kind, name)), [part for part in rest if part]
         if repo is None:  # the hub tells strangers 401, lest they learn which private repositories exist
-            raise _Fault(401, "RepoNotFound", "Repository not found")
+            raise _Refusal(401, "RepoNotFound", "Repository not found")
         if repo.broken:
-            raise _Fault(500, None, "Internal Error - We're working hard to fix this as soon as possible!")
+            raise _Refusal(500, None, "Internal Error - We're working hard to fix this as soon as possible!")
         commit = repo.refs.get(revision or "main", revision)
         if commit not in repo.commits:
-            raise _Fault(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         files, inside = repo.commits[commit], "/".join(rest)
         if not is_api and verb == "resolve":
             self._asked_for.append((name, inside))
             if repo.gated:
-                raise _Fault(403, "GatedRepo", f"Access to {kind[:-1]} {name} is restricted")
+                raise _Refusal(403, "GatedRepo", f"Access to {kind[:-1]} {name} is restricted")
             if inside not in files:
-                raise _Fault(404, "EntryNotFound", "Entry not found")
-            return {"X-Repo-Commit": commit, "ETag": f'"{_oid(files[inside])}"'}, files[inside]
+                raise _Refusal(404, "EntryNotFound", "Entry not found")
+            entry = _entry(inside, files)
+            etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
+            return {"X-Repo-Commit": commit, "ETag": f'"{etag}"'}, files[inside]
         if is_api and verb in ("", "revision"):
             siblings = [{"rfilename": path} for path in files]
             return {}, _json({"id": name, "sha": commit, "gated": repo.gated, "private": False, "siblings": siblings})
@@ -119,11 +229,11 @@ class HubServer:
         if is_api and verb == "tree":
             below = [path for path in _tree(files) if path.startswith(f"{inside}/" if inside else "")]
             if not below:
-                raise _Fault(404, "EntryNotFound", f"{inside} does not exist on {revision}")
+                raise _Refusal(404, "EntryNotFound", f"{inside} does not exist on {revision}")
             if query.get("recursive", ["false"])[0].lower() != "true":
                 below = [path for path in below if path.count("/") == len(rest)]
             return {}, _json([_entry(path, files) for path in below])
-        raise _Fault(404, None, f"this stand-in for the hub doesn't serve {path}")
+        raise _Refusal(404, None, f"this stand-in for the hub doesn't serve {path}")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -140,28 +250,44 @@ class _Handler(BaseHTTPRequestHandler):
         self._serve(parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode()))
 
     def _serve(self, form: dict[str, list[str]] | None = None) -> None:
-        url, status = urlsplit(self.path), 200
-        try:
-            headers, body = self.hub.answer(url.path, parse_qs(url.query), form or {})
-        except _Fault as fault:
-            status, headers, body = fault.status, {"X-Error-Message": fault.message}, _json({"error": fault.message})
-            if fault.code is not None:
-                headers["X-Error-Code"] = fault.code
         wanted = self.headers.get("Range", "").removeprefix("bytes=")
-        if status == 200 and wanted:
-            first, _, last = wanted.partition("-")
-            start, end = int(first), min(int(last) + 1 if last else len(body), len(body))
-            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(body)}"
-            status, body = 206, body[start:end]
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        answer = self.hub.respond(self.command, self.path, wanted, form or {})
+        if answer.wait is not None:
+            answer.wait.wait()
+            self.close_connection = True
+            return
+        if answer.num_sent != -1:
+            self.send_response(answer.status)
+            for key, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(answer.body[: answer.num_sent])
+        if answer.num_sent is not None:
+            self.close_connection = True
+        if answer.reset:
+            self._reset()
+
+    def _reset(self) -> None:
+        """Send RST instead of FIN, once the other side has all that was written."""
+        for _ in range(10_000):
+            if not struct.unpack("i", ioctl(self.connection, termios.TIOCOUTQ, bytes(4)))[0]:
+                break
+            time.sleep(0.001)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(self.connection.detach())
 
     def log_message(self, format: str, *args: object) -> None:
         """Keep the test's output clean."""
+
+
+def _parse(path: str) -> tuple[str, str, bool, list[str]]:
+    """Kind and name of a repository, whether the API is asked, and the rest: a verb, a revision, a path's parts."""
+    parts = [unquote(part) for part in path.strip("/").split("/")]
+    is_api = parts[0] == "api"
+    parts = parts[1:] if is_api else parts
+    kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
+    return kind, "/".join(parts[:2]), is_api, [*parts[2:], "", ""]
 
 
 def _tree(files: dict[str, bytes]) -> list[str]:
@@ -173,7 +299,18 @@ def _tree(files: dict[str, bytes]) -> list[str]:
 def _entry(path: str, files: dict[str, bytes]) -> dict:
     if path not in files:
         return {"type": "directory", "oid": _oid(path.encode()), "size": 0, "path": path}
-    return {"type": "file", "oid": _oid(files[path]), "size": len(files[path]), "path": path}
+    data = files[path]
+    if not path.endswith(LFS):
+        return {"type": "file", "oid": _oid(data), "size": len(data), "path": path}
+    sha256, text = hashlib.sha256(data).hexdigest(), lfs_pointer(data)
+    lfs = {"oid": sha256, "size": len(data), "pointerSize": len(text)}
+    return {"type": "file", "oid": _oid(text), "size": len(data), "path": path, "lfs": lfs}
+
+
+def lfs_pointer(data: bytes) -> bytes:
+    """What git holds of a file that is in LFS."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(data)}\n".encode()
 
 
 def _oid(data: bytes) -> str:

@@ -4,7 +4,9 @@ import csv
 import hashlib
 import io
 import json
+import re
 import socket
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +24,20 @@ from sdtrain.models.parts import load_tokenizer, tokenize
 from sdtrain.models.pipelines import load_pipeline
 from sdtrain.shards import read_dataset
 from tests.integration.hub_client import Answer, HubClient
-from tests.integration.hub_server import HubServer
+from tests.integration.hub_server import (
+    INFO,
+    TREE,
+    HubServer,
+    Response,
+    breaking_off,
+    edited,
+    flipped,
+    lfs_pointer,
+    refused,
+    replaced,
+    reset,
+    stalled,
+)
 
 Files = dict[str, bytes]
 
@@ -213,8 +228,14 @@ def hub() -> Iterator[HubServer]:
 
 
 @pytest.fixture(scope="session")
-def client(hub, tmp_path_factory) -> Iterator[HubClient]:
-    with HubClient(hub.url, tmp_path_factory.mktemp("home")) as client:
+def home(tmp_path_factory) -> Path:
+    """Where the client keeps what it fetched."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def client(hub, home) -> Iterator[HubClient]:
+    with HubClient(hub.url, home) as client:
         yield client
 
 
@@ -252,6 +273,11 @@ def write_folder(folder: Path, files: Files) -> str:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(data)
     return str(folder)
+
+
+def named(*words: str) -> str:
+    """A repository's name."""
+    return "acme/" + "-".join(re.findall("[a-z0-9]+", " ".join(words).lower()))
 
 
 def sha256(files: Files) -> dict[str, str]:
@@ -454,7 +480,7 @@ def test_a_fault_of_the_hub_is_passed_on(hub, client, model, out):
     hub.add("acme/broken", model, broken=True)
     assert refusal(client.resolve_base, out, source="hub", repo="acme/broken") == (
         "base.repo = 'acme/broken': the hub answered 500: "
-        "Internal Error - We're working hard to fix this as soon as possible!"
+        "Internal Error - We're working hard to fix this as soon as possible! (tried 5 times)"
     )
 
 
@@ -522,6 +548,269 @@ def test_a_text_encoder_of_another_width_does_not_fit(hub, client, model, out):
         "  unet cross_attention_dim = 16, but text_encoder hidden_size = 32: "
         "the UNet must attend to the text encoder's width",
     ]
+
+
+def test_a_git_lfs_pointer_in_a_local_base_is_named(client, model, tmp_path, out):
+    local = write_folder(tmp_path / "local", {**model, WEIGHTS: lfs_pointer(model[WEIGHTS])})
+    assert refusal(client.resolve_base, out, source="local", path=local) == (
+        f"base.path = '{local}': {WEIGHTS} is a Git LFS pointer, not the file itself; run `git lfs pull` there"
+    )
+
+
+# ---------------------------------------------------------------- base: what arrives is not what the hub tells of
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+CONFIG = "vae/config.json"
+PAGE = b"<!DOCTYPE html>\n<html><body>Log in to the guest network</body></html>"
+
+
+def told(path: str, data: bytes) -> str:
+    """The hash that the hub tells of a file, or that a file has which lies in its place."""
+    if path == CONFIG:
+        return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+    return hashlib.sha256(data).hexdigest()
+
+
+DAMAGED = {
+    "weights": (WEIGHTS, flipped),
+    "config": (CONFIG, flipped),
+    "pointer": (WEIGHTS, lambda answer: replaced(lfs_pointer(answer.body))(answer)),
+    "page of the same length": (CONFIG, lambda answer: replaced(PAGE.ljust(len(answer.body)))(answer)),
+    "page": (CONFIG, replaced(PAGE)),
+    "longer": (CONFIG, lambda answer: replaced(answer.body + b" ")(answer)),
+    "shorter": (CONFIG, lambda answer: replaced(answer.body[:-1])(answer)),
+    "empty": (CONFIG, replaced(b"")),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_file_that_arrives_damaged_is_fetched_again_once(hub, client, model, out, case):
+    path, fault = DAMAGED[case]
+    repo = named("once", case)
+    commit = hub.add(repo, model)
+    hub.misbehave(repo, path, fault, times=1)
+
+    printed = succeed(client.resolve_base(out, source="hub", repo=repo))
+
+    assert part_of(read_folder(out), "unet", "vae") == part_of(model, "unet", "vae")
+    assert f"base.repo = '{repo}': {path} at commit {commit}: " in printed
+    assert printed.endswith("; discarded, fetching it again\n")
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_file_that_arrives_damaged_twice_is_refused(hub, client, model, out, case):
+    """And not kept: as soon as the hub is well again, all is."""
+    path, fault = DAMAGED[case]
+    repo = named("twice", case)
+    commit = hub.add(repo, model)
+    hub.misbehave(repo, path, fault, times=2)
+
+    message = refusal(client.resolve_base, out, source="hub", repo=repo)
+
+    arrived = fault(Response(200, {}, model[path])).body
+    assert message.startswith(f"base.repo = '{repo}': {path} at commit {commit}: ")
+    assert f"{len(arrived)}" in message
+    assert f"{len(model[path])}" in message
+    if len(arrived) == len(model[path]):
+        algorithm = "git blob id" if path == CONFIG else "SHA-256"
+        assert f"has {len(arrived)} bytes and {algorithm} {told(path, arrived)}" in message
+        assert f"the hub tells {len(model[path])} bytes and {told(path, model[path])}" in message
+    assert ("(it is an HTML page)" in message) == (case == "page of the same length")
+    assert f"Check that no proxy or login page answers in place of {hub.url}, or try again later" in message
+    succeed(client.resolve_base(out, source="hub", repo=repo))
+    assert part_of(read_folder(out), "unet", "vae") == part_of(model, "unet", "vae")
+
+
+def test_a_pointer_that_the_hub_announces_by_its_own_length_is_named(hub, client, model, out):
+    """HEAD and GET agree, as where a mirror serves what git holds: only the API tells of the weights."""
+    hub.add("acme/mirror", model)
+    for method in ("HEAD", "GET"):
+        hub.misbehave("acme/mirror", WEIGHTS, replaced(lfs_pointer(model[WEIGHTS])), method=method)
+    message = refusal(client.resolve_base, out, source="hub", repo="acme/mirror")
+    found = hashlib.sha256(lfs_pointer(model[WEIGHTS])).hexdigest()
+    assert f"and SHA-256 {found} (it is a Git LFS pointer); the hub tells {len(model[WEIGHTS])} bytes" in message
+
+
+def test_a_pointer_in_the_repository_itself_is_named(hub, client, model, out):
+    commit = hub.add("acme/pointers", {**model, WEIGHTS: lfs_pointer(model[WEIGHTS])})
+    assert refusal(client.resolve_base, out, source="hub", repo="acme/pointers") == (
+        f"base.repo = 'acme/pointers': {WEIGHTS} at commit {commit}: is a Git LFS pointer in the repository itself, "
+        "which lacks the file that it stands for; take another revision or repository"
+    )
+
+
+@pytest.mark.parametrize("path", [WEIGHTS, CONFIG])
+def test_a_file_that_is_damaged_in_the_cache_is_fetched_again(hub, client, home, model, out, path):
+    repo = named("rotten", path)
+    commit = hub.add(repo, model)
+    assert "discarded" not in succeed(client.resolve_base(out, source="hub", repo=repo))
+    cached = home / "hub" / f"models--{repo.replace('/', '--')}" / "snapshots" / commit / path
+    cached.write_bytes(flipped(Response(200, {}, model[path])).body)
+
+    printed = succeed(client.resolve_base(out, source="hub", repo=repo))
+
+    assert f"{path} at commit {commit}: has {len(model[path])} bytes" in printed
+    assert "discarded, fetching it again" in printed
+    assert read_folder(out)[path] == model[path] == cached.read_bytes()
+
+
+@pytest.mark.parametrize("changes", [{"vae_repo": "acme/part"}, {"text_encoder_repo": "acme/part"}])
+def test_a_part_from_another_repository_is_checked_as_well(hub, client, model, tmp_path, out, changes):
+    local = write_folder(tmp_path / "local", model)
+    ((key, _),) = changes.items()
+    repo = named("damaged", key)
+    path = f"{'vae' if key == 'vae_repo' else 'text_encoder'}/config.json"
+    hub.add(repo, model)
+    hub.misbehave(repo, path, flipped, times=2)
+    message = refusal(client.resolve_base, out, source="local", path=local, **{key: repo})
+    assert message.startswith(f"base.{key} = '{repo}': {path} at commit ")
+
+
+# ---------------------------------------------------------------- base: what the API answers
+
+NOT_THE_API = {
+    "page for the repository": (INFO, replaced(PAGE), "JSONDecodeError: "),
+    "page for the files": (TREE, replaced(PAGE), "JSONDecodeError: "),
+    "bytes": (INFO, replaced(b"\xff\xfe\xfd"), "UnicodeDecodeError: "),
+    "list": (INFO, replaced(b"[]"), "TypeError: "),
+    "other files": (TREE, replaced(b'[{"type": "file", "name": "unet"}]'), "KeyError: 'path'"),
+    "path for a commit": (INFO, edited(sha="../../../x"), "ValueError: it gives '../../../x' for a commit's hash"),
+    "no commit": (INFO, edited(sha=None), "ValueError: it gives None for a commit's hash"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_THE_API)
+@pytest.mark.parametrize("section", ["base", "dataset"])
+def test_what_is_not_the_api_is_refused(hub, client, home, model, pictures, out, section, case):
+    what, fault, cause = NOT_THE_API[case]
+    repo = named("not the api", section, case)
+    before = {path for path in home.rglob("*") if "not-the-api" in path.name or path.name == "x"}
+    if section == "base":
+        hub.add(repo, model)
+        hub.misbehave(repo, what, fault)
+        message = refusal(client.resolve_base, out, source="hub", repo=repo)
+    else:
+        hub.add(repo, parquet_files(pictures), kind="datasets")
+        hub.misbehave(repo, what, fault)
+        message = refusal(client.build_dataset, out, repo=repo, **HUB_DATA)
+    assert message.startswith(
+        f"{section}.repo = '{repo}': what {hub.url} answers isn't what the hub's API gives ({cause}"
+    )
+    assert message.endswith("); check that no proxy or login page answers in its place")
+    assert {path for path in home.rglob("*") if "not-the-api" in path.name or path.name == "x"} == before
+
+
+def test_a_page_that_answers_for_a_file_before_it_is_fetched_is_refused(hub, client, model, out):
+    hub.add("acme/captive", model)
+    hub.misbehave("acme/captive", CONFIG, lambda answer: Response(200, {}, PAGE), method="HEAD")
+    message = refusal(client.resolve_base, out, source="hub", repo="acme/captive")
+    assert message.startswith("base.repo = 'acme/captive': ")
+    assert "does not seem to be served by a Hugging Face Hub endpoint" in message
+
+
+# ---------------------------------------------------------------- base: the network's faults
+
+WAITS = re.compile(r"trying again in ([\d.]+) s \((\d) of 5\)")
+FAULTS = {
+    "reset": reset(),
+    "reset in the answer": reset(100),
+    "cut off": breaking_off(100),
+    "nothing": breaking_off(0),
+    **{str(status): refused(status) for status in (408, 429, 500, 502, 503, 504)},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("what", "method"), [(INFO, "GET"), (TREE, "GET"), (CONFIG, "HEAD"), (CONFIG, "GET")])
+def test_a_fault_of_the_network_is_waited_out(hub, client, model, out, what, method, fault):
+    """After longer waits, each printed; a HEAD has no body to be cut off."""
+    if method == "HEAD" and fault in ("reset in the answer", "cut off", "nothing"):
+        pytest.skip("no body")
+    repo = named("weak", what, method, fault)
+    hub.add(repo, model)
+    hub.misbehave(repo, what, FAULTS[fault], method=method, times=2)
+
+    printed = succeed(client.resolve_base(out, source="hub", repo=repo))
+
+    assert part_of(read_folder(out), "unet", "vae") == part_of(model, "unet", "vae")
+    assert WAITS.findall(printed) == [("0.01", "2"), ("0.02", "3")]
+    assert all(line.startswith(f"{hub.url}/") for line in printed.splitlines() if WAITS.search(line))
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        (reset(), "can't reach the hub at "),
+        (refused(503, "Down for repair"), "the hub answered 503: Down for repair ("),
+    ],
+    ids=["reset", "503"],
+)
+@pytest.mark.parametrize(("what", "method"), [(INFO, "GET"), (TREE, "GET"), (CONFIG, "HEAD"), (CONFIG, "GET")])
+def test_a_lasting_fault_of_the_network_is_refused(hub, client, model, out, what, method, fault, cause):
+    """After exactly five tries: the sixth would have come through."""
+    repo = named("down", what, method, cause)
+    hub.add(repo, model)
+    hub.misbehave(repo, what, fault, method=method, times=5)
+
+    answer = client.resolve_base(out, source="hub", repo=repo)
+
+    assert answer.error.startswith(f"base.repo = '{repo}': {cause}")
+    assert "(tried 5 times" in answer.error
+    assert WAITS.findall(answer.printed) == [("0.01", "2"), ("0.02", "3"), ("0.04", "4"), ("0.08", "5")]
+    assert not any(out.parent.iterdir())
+    assert "trying again" not in succeed(client.resolve_base(out, source="hub", repo=repo))
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
+@pytest.mark.parametrize(("what", "method"), [(INFO, "GET"), (CONFIG, "HEAD"), (CONFIG, "GET")])
+def test_a_refusal_is_no_fault_of_the_network(hub, client, model, out, what, method, status):
+    repo = named("refused", what, method, str(status))
+    hub.add(repo, model)
+    hub.misbehave(repo, what, refused(status, "Not for you"), method=method)
+    answer = client.resolve_base(out, source="hub", repo=repo)
+    assert answer.error.startswith(f"base.repo = '{repo}': ")
+    assert str(status) in answer.error
+    assert "trying again" not in answer.printed
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Retry_After": "1"}, {"ratelimit": '"api";r=0;t=1'}], ids=["Retry-After", "rate limit"]
+)
+def test_the_wait_that_the_hub_asks_for_is_kept(hub, client, model, out, headers):
+    repo = named("busy", *headers)
+    hub.add(repo, model)
+    hub.misbehave(repo, INFO, refused(429, "Too many", **headers), times=1)
+    printed = succeed(client.resolve_base(out, source="hub", repo=repo))
+    assert "the hub answered 429: Too many; trying again in 1 s (2 of 5)" in printed
+
+
+@pytest.mark.parametrize("fault", [reset, breaking_off])
+def test_a_download_that_breaks_off_is_resumed(hub, client, model, out, fault):
+    """From the last ten MiB, which the hub's client keeps at a time; each such stretch clears the count of faults."""
+    mib = 2**20
+    weights = hashlib.shake_256(b"weights").digest(63 * mib)
+    repo, path = named("long", fault.__name__), WEIGHTS
+    hub.add(repo, {**model, path: weights})
+    hub.misbehave(repo, path, fault(11 * mib), times=5)
+    before = len(hub.ranges(path))
+
+    printed = succeed(client.resolve_base(out, source="hub", repo=repo))
+
+    assert hub.ranges(path)[before:] == ["", *(f"{10 * n * mib}-" for n in range(1, 6))]
+    assert (out / path).read_bytes() == weights
+    assert WAITS.findall(printed) == [("0.01", "2")] * 5
+
+
+def test_a_hub_that_falls_silent_is_not_waited_for_for_ever(hub, model, tmp_path, out):
+    limits = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
+    hub.add("acme/silent", model)
+    over = threading.Event()
+    for what, method in ((INFO, "GET"), (TREE, "GET"), (CONFIG, "HEAD"), (CONFIG, "GET")):
+        hub.misbehave("acme/silent", what, stalled(over), method=method, times=1)
+    with HubClient(hub.url, tmp_path / "home", **limits) as client:
+        printed = succeed(client.resolve_base(out, source="hub", repo="acme/silent"))
+    over.set()
+    assert printed.count("timed out; trying again") >= 4
 
 
 # ---------------------------------------------------------------- dataset
@@ -670,3 +959,108 @@ def test_offline_mode_is_named_for_a_data_set(offline_client, out):
     assert refusal(offline_client.build_dataset, out, repo="acme/shapes", **HUB_DATA) == (
         f"dataset.repo = 'acme/shapes': HF_HUB_OFFLINE is set, so the hub can't be asked; unset it, or {LOCAL_DATA}"
     )
+
+
+# ---------------------------------------------------------------- dataset: what goes wrong on the way
+
+
+def with_card(pictures: list[bytes]) -> Files:
+    return {**parquet_files(pictures), "README.md": b"---\ndataset_info: {dataset_name: shapes}\n---\nA card.\n"}
+
+
+DATA_FILES = [
+    (parquet_files, "data/train-00000-of-00001.parquet"),
+    (image_folder, "train/03.png"),
+    (image_folder, "train/metadata.jsonl"),
+    (zipped_image_folder, "data/train.zip"),
+    (with_card, "README.md"),
+]
+
+
+def whole(answer: Response) -> Response:
+    """Damage at the end of a file, where no archive has its table of contents."""
+    return replaced(answer.body[:50] + bytes([answer.body[50] ^ 1]) + answer.body[51:])(answer)
+
+
+@pytest.mark.parametrize(("layout", "path"), DATA_FILES)
+def test_a_data_file_that_arrives_damaged_twice_is_refused(hub, client, pictures, out, layout, path):
+    repo = named("damaged", layout.__name__, path)
+    commit = hub.add(repo, layout(pictures), kind="datasets")
+    hub.misbehave(repo, path, whole)
+    message = refusal(client.build_dataset, out, repo=repo, **HUB_DATA)
+    assert message.startswith(f"dataset.repo = '{repo}': {path} at commit {commit}: has ")
+    assert "also when fetched again; nothing of it is kept" in message
+
+
+@pytest.mark.parametrize(("layout", "path"), DATA_FILES)
+def test_a_data_file_that_is_damaged_in_the_cache_is_fetched_again(hub, client, home, pictures, out, layout, path):
+    """Also where Datasets has made a table of it before."""
+    repo = named("rotten", layout.__name__, path)
+    files = layout(pictures)
+    commit = hub.add(repo, files, kind="datasets")
+    cached = home / "hub" / f"datasets--{repo.replace('/', '--')}" / "snapshots" / commit / path
+    succeed(client.build_dataset(out, repo=repo, **HUB_DATA))
+    right = sorted((row["caption"], row["image"]) for row in rows_of(out))
+    cached.write_bytes(whole(Response(200, {}, files[path])).body)
+
+    printed = succeed(client.build_dataset(out, repo=repo, **HUB_DATA))
+
+    assert f"dataset.repo = '{repo}': {path} at commit {commit}: has {len(files[path])} bytes" in printed
+    assert cached.read_bytes() == files[path]
+    assert sorted((row["caption"], row["image"]) for row in rows_of(out)) == right
+
+
+def rows_of(out: Path) -> list[dict]:
+    return [row for split in ("train", "validation") for row in read_dataset(out, split)]
+
+
+def test_a_table_made_of_damaged_files_is_not_used_again(hub, client, home, pictures, out):
+    """Its pictures are those of the files that were checked, whatever a cache of Datasets holds."""
+    hub.add("acme/tables", image_folder(pictures), kind="datasets")
+    succeed(client.build_dataset(out, repo="acme/tables", **HUB_DATA))
+    assert not [path for path in home.rglob("*.arrow") if "tables" in str(path)]
+
+
+@pytest.mark.parametrize("fault", ["reset", "cut off", "503"])
+@pytest.mark.parametrize("what", [INFO, TREE, "data/train-00000-of-00001.parquet"])
+def test_a_fault_of_the_network_is_waited_out_for_a_data_set(hub, client, pictures, out, what, fault):
+    repo = named("weak data", what, fault)
+    hub.add(repo, parquet_files(pictures), kind="datasets")
+    hub.misbehave(repo, what, FAULTS[fault], times=3)
+    printed = succeed(client.build_dataset(out, repo=repo, **HUB_DATA))
+    assert WAITS.findall(printed)[:3] == [("0.01", "2"), ("0.02", "3"), ("0.04", "4")]
+    assert read_json(out.with_suffix(".json"))["num_inputs"] == 12
+
+
+@pytest.mark.parametrize("num_right", [0, 1, 2])
+def test_a_lasting_fault_of_the_network_is_refused_for_a_data_set(hub, client, pictures, out, num_right):
+    """Whoever asks: we do first, Datasets after us."""
+    repo = f"acme/down-data-{num_right}"
+    hub.add(repo, parquet_files(pictures), kind="datasets")
+    if num_right:
+        hub.misbehave(repo, TREE, lambda answer: answer, times=num_right)
+    hub.misbehave(repo, TREE, refused(503, "Down for repair"))
+    message = refusal(client.build_dataset, out, repo=repo, **HUB_DATA)
+    assert message == f"dataset.repo = '{repo}': the hub answered 503: Down for repair (tried 5 times)"
+
+
+def test_files_of_another_commit_are_refused(hub, client, pictures, out):
+    """As a card may name them: which they are at that moment isn't recorded, and nothing vouches for them."""
+    elsewhere = "hf://datasets/acme/mixed@v1/data/train*.parquet"
+    card = f"---\nconfigs:\n- {{config_name: default, data_files: '{elsewhere}'}}\n---\n".encode()
+    hub.add("acme/mixed", parquet_files(pictures), kind="datasets", tag="v1")
+    commit = hub.add("acme/mixed", {"README.md": card}, kind="datasets")
+    assert refusal(client.build_dataset, out, repo="acme/mixed", **HUB_DATA) == (
+        f"dataset.repo = 'acme/mixed': names files outside commit {commit}, which can't be checked: "
+        f"hf://datasets/acme/mixed@v1/data/train-00000-of-00001.parquet; {LOCAL_DATA}"
+    )
+
+
+def test_files_with_odd_names_are_found(hub, client, pictures, out):
+    """Names that are patterns, or parts of addresses, elsewhere."""
+    names = ["[00] a.png", "b#1.png", "c 100%20.png", "d?x=1.png", "é.png"]
+    lines = [json.dumps({"file_name": name, "text": name}) for name in names]
+    files = {f"train/{name}": picture for name, picture in zip(names, pictures, strict=False)}
+    hub.add("acme/odd", {**files, "train/metadata.jsonl": "\n".join(lines).encode()}, kind="datasets")
+    succeed(client.build_dataset(out, repo="acme/odd", **HUB_DATA))
+    assert {row["caption"]: row["image"] for row in rows_of(out)} == dict(zip(names, pictures, strict=False))
