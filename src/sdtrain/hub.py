@@ -33,6 +33,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx, parse_ratelimit_headers, silent_tqdm
 from huggingface_hub.utils.sha import git_hash
+from tqdm import tqdm
 
 from sdtrain.errors import InputError
 from sdtrain.files import sha256_file
@@ -49,7 +50,7 @@ LONGEST_WAIT_S = 300.0
 _NETWORK_FAULTS = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 _MANY_FILES = 16
-"""From here on a progress bar for each file would only flicker."""
+"""Beyond so many there is one progress bar for all: one for each would only flicker."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -74,8 +75,13 @@ class Repository:
         Raises:
             InputError: what arrives isn't what the hub tells of a file, twice.
         """
-        with ThreadPoolExecutor(8) as pool:
-            found = dict(zip(names, pool.map(partial(self._get, quiet=len(names) > _MANY_FILES), names), strict=True))
+        quiet = len(names) > _MANY_FILES
+        get, no_bar = partial(self._get, quiet=quiet), None if quiet else True
+        with ThreadPoolExecutor(8) as pool, tqdm(total=len(names), desc=self.key, unit="file", disable=no_bar) as bar:
+            found = {}
+            for name, result in zip(names, pool.map(get, names), strict=True):
+                found[name] = result
+                bar.update()
         bad = [name for name, (_, fault) in found.items() if fault is not None]
         for name in bad:  # all before the first is fetched again: files of the same content share one in the cache
             path, fault = found[name]

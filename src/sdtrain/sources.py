@@ -81,34 +81,34 @@ def _draw_scene(params: DatasetParams, seed: int, index: int) -> Candidate:
 
 
 def _from_hub(params: DatasetParams, scratch: str) -> tuple[dict, "datasets.Dataset"]:
-    """Read a hub data set from checked files, through a scratch cache: an earlier run's tables stay out of it."""
     import datasets
 
-    key, repo = "dataset.repo", params.repo
+    where = f"dataset.repo = {params.repo!r}"
     instead = "set dataset.source: imagefolder and dataset.path to a folder on this machine, or use 'generated'"
     faults = (datasets.exceptions.DatasetsError, datasets.data_files.EmptyDatasetError, ValueError, RuntimeError)
     faults += (zipfile.BadZipFile,)  # Datasets looks into an archive to learn what the data set is
-    with hub.repository(key, repo, params.revision, "dataset", instead) as source:
+    with hub.repository("dataset.repo", params.repo, params.revision, "dataset", instead) as source:
         source.fetch([name for name in _CARDS if name in source.files])
         try:
-            builder = datasets.load_dataset_builder(repo, revision=source.commit, cache_dir=scratch)
+            builder = datasets.load_dataset_builder(params.repo, revision=source.commit, cache_dir=scratch)
             splits = builder.config.data_files
             if params.split not in splits:
-                raise InputError(f"dataset.split = {params.split!r}: {repo} has {', '.join(splits)}")
-            root = f"hf://datasets/{repo}@{source.commit}/"
-            urls = {str(url) for files in splits.values() for url in files}
-            if foreign := sorted(url for url in urls if not url.startswith(root)):
-                fault = f"names files outside commit {source.commit}, which can't be checked: {foreign[0]}"
-                raise InputError(f"{key} = {repo!r}: {fault}; {instead}")
-            source.fetch(sorted(url.removeprefix(root) for url in urls))
-            builder.download_and_prepare()  # finds these very files in the hub's cache
+                raise InputError(f"dataset.split = {params.split!r}: {params.repo} has {', '.join(splits)}")
+            urls = sorted({str(url) for files in splits.values() for url in files})
+            root = f"hf://datasets/{params.repo}@{source.commit}/"
+            for url in urls:
+                if not url.startswith(root):
+                    fault = f"names files outside commit {source.commit}, which can't be checked: {url}"
+                    raise InputError(f"{where}: {fault}; {instead}")
+            source.fetch([url.removeprefix(root) for url in urls])
+            builder.download_and_prepare()  # finds these very files in the hub's cache, and no table in its own
             table = builder.as_dataset(split=params.split)
         except InputError:
             raise
         except faults as error:
             cause = " ".join(str(error.__cause__ or error).split()).rstrip(".")
-            raise InputError(f"{key} = {repo!r}: can't be read: {cause}; {instead}") from None
-    record = {"repo": repo, "revision": params.revision, "commit": source.commit, "split": params.split}
+            raise InputError(f"{where}: can't be read: {cause}; {instead}") from None
+    record = {"repo": params.repo, "revision": params.revision, "commit": source.commit, "split": params.split}
     return record, table
 
 

@@ -238,6 +238,7 @@ class HubServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for the other side to acknowledge its headers
     hub: HubServer
 
     def do_GET(self) -> None:
