@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
 
 from sdtrain.errors import InputError
@@ -288,7 +288,7 @@ class Params(Section):
     base: BaseParams
     dataset: DatasetParams
     precompute: PrecomputeParams
-    method: MethodParams
+    method: SerializeAsAny[MethodParams]
     train: TrainParams
     validation: ValidationParams
     export: ExportParams

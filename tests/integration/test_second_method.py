@@ -1,0 +1,174 @@
+"""The seam holds for a method that the package doesn't know: all that training does, without a change to it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sdtrain.batches import BatchMaker
+from sdtrain.errors import InputError
+from sdtrain.export import export_model
+from sdtrain.files import read_json, sha256_file, write_json
+from sdtrain.params import Params, check_params
+from sdtrain.train import train
+from sdtrain.training.files import TrainFiles
+from tests.conftest import ROOT, shrunk_tree
+from tests.integration.time_embedding import TimeEmbeddingParams
+
+STEPS = {"max_steps": 6, "save_every_n_steps": 2, "micro_batch_size": 2, "batch_size": 8}
+WEIGHTS = "ema/time_embedding.safetensors"
+
+
+def params_of(**changes) -> Params:
+    method = TimeEmbeddingParams(name="time_embedding", weight=0.5)
+    return check_params(shrunk_tree(train={**STEPS, **changes})).model_copy(update={"method": method})
+
+
+def files_of(folder: Path, base: Path, latents: Path) -> TrainFiles:
+    names = ("checkpoints", "train.json", "train.csv", "speed.csv", "validation.csv", "runs", "resume")
+    return TrainFiles(base, latents, *(folder / name for name in names))
+
+
+def run_here(files: TrainFiles, **changes) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(params_of(**changes), files)
+
+
+def run_elsewhere(files: TrainFiles, num_processes: int = 1, kill_at: int | None = None) -> subprocess.CompletedProcess:
+    """Train in processes of their own; `kill_at` ends them by SIGKILL in the step that follows so many."""
+    command = [sys.executable, "-m"]
+    if num_processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}", "-m"]
+    places = [str(path) for path in (files.checkpoints.parent, files.base, files.latents)]
+    command += ["tests.integration.test_second_method", *places, str(kill_at)]
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    threads = {"OMP_NUM_THREADS": "1"} if num_processes > 1 else {}
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths, **threads}, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def latents(workspace, tmp_path_factory) -> Path:
+    """The cache with a further column, the mean of each latent."""
+    folder = tmp_path_factory.mktemp("bright") / "latents"
+    shutil.copytree(workspace.latents, folder)
+    manifest = read_json(folder / "manifest.json")
+    for shard in (shard for shards in manifest["splits"].values() for shard in shards):
+        path = folder / shard["file"]
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        tensors["brightness"] = tensors["mean"].float().mean(dim=(1, 2, 3))[:, None]
+        save_file(tensors, path, metadata)
+        shard["sha256"] = sha256_file(path)
+    write_json(folder / "manifest.json", manifest)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(workspace, latents, tmp_path_factory) -> TrainFiles:
+    """A run that nothing stopped."""
+    files = files_of(tmp_path_factory.mktemp("whole"), workspace.base, latents)
+    run_here(files)
+    return files
+
+
+def test_it_trains_its_own_weights_and_nothing_else(workspace, whole):
+    config = json.loads((whole.checkpoints / "last" / "training_config.json").read_text())
+    assert config["params"]["method"] == {"name": "time_embedding", "weight": 0.5}
+    base = load_file(workspace.base / "unet" / "diffusion_pytorch_model.safetensors")
+    (state, *_) = sorted((whole.states).glob("*/step-*"))[::-1]
+    for name in ("weights", "ema"):
+        saved = load_file(state / f"{name}.safetensors")
+        assert {key.rsplit(".", 2)[0] for key in saved} == {"time_embedding"}
+    assert any(not torch.equal(tensor, base[name].float()) for name, tensor in saved.items())
+    size = sum(path.stat().st_size for path in state.glob("*.safetensors"))
+    num_trained = json.loads(whole.metrics.read_text())["num_parameters"]
+    assert num_trained == sum(tensor.numel() for tensor in saved.values())
+    assert size < 1.2 * 16 * num_trained + 10_000, "weights, average and two moments of what trains"
+
+
+def test_both_losses_are_minimised_and_logged(whole):
+    curve = pd.read_csv(whole.train_curve)
+    assert curve.loss.tolist() == pytest.approx((curve.denoising + 0.5 * curve.consistency).tolist())
+    assert (curve.consistency > 0).all()
+    validation = pd.read_csv(whole.validation_curve)
+    assert validation.loss_raw.iloc[-1] != validation.loss_raw[0]
+
+
+def test_a_killed_run_resumes_to_the_bit(workspace, latents, whole, tmp_path, capfd):
+    files = files_of(tmp_path, workspace.base, latents)
+    killed = run_elsewhere(files, kill_at=3)
+    assert killed.returncode == -9, killed.stderr
+    run_here(files)
+    assert "resumes from step 2 of 6" in capfd.readouterr().out
+    for name in ("best", "last"):
+        assert (files.checkpoints / name / WEIGHTS).read_bytes() == (whole.checkpoints / name / WEIGHTS).read_bytes()
+    for name in ("train_curve", "validation_curve", "metrics"):
+        assert getattr(files, name).read_bytes() == getattr(whole, name).read_bytes()
+
+
+def test_two_processes_train_the_same_curve(workspace, latents, whole, tmp_path):
+    """Two loss passes, of which the last sums gradients over the processes, and two micro-batches."""
+    files = files_of(tmp_path, workspace.base, latents)
+    done = run_elsewhere(files, num_processes=2)
+    assert done.returncode == 0, done.stderr
+    for name in ("train_curve", "validation_curve"):
+        one, two = (pd.read_csv(getattr(place, name)) for place in (whole, files))
+        pd.testing.assert_frame_equal(one, two, rtol=2e-4, atol=1e-9)
+
+
+def test_it_is_exported_and_evaluated(workspace, latents, whole, tmp_path):
+    params = params_of()
+    export_model(params.export, workspace.base, whole.checkpoints, tmp_path / "model")
+    exported = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, tensor in load_file(whole.checkpoints / "best" / WEIGHTS).items():
+        assert torch.equal(exported[f"time_embedding.{name}"], tensor)
+    from sdtrain.evaluate import evaluate_model
+
+    evaluate_model(
+        params.evaluate.model_copy(update={"max_samples": params.validation.max_samples}), 0,
+        base=workspace.base, model=tmp_path / "model", dataset=workspace.dataset, latents=latents,
+        metrics=tmp_path / "e.json", loss_table=tmp_path / "loss.csv", accuracy_table=tmp_path / "accuracy.csv",
+    )  # fmt: skip
+    numbers, summary = json.loads((tmp_path / "e.json").read_text()), json.loads(whole.metrics.read_text())
+    assert numbers["held_out_loss_trained"] == pytest.approx(summary["best_validation_loss"], rel=1e-5)
+    assert numbers["held_out_loss_base"] == pytest.approx(summary["base_validation_loss"], rel=1e-5)
+
+
+def test_a_cache_without_its_column_is_refused(workspace, tmp_path):
+    with pytest.raises(InputError, match="has no column 'brightness', which the training method needs; it has input_"):
+        run_here(files_of(tmp_path, workspace.base, workspace.latents))
+
+
+def test_gradient_checkpointing_changes_rounding_only(workspace, latents, whole, tmp_path):
+    files = files_of(tmp_path, workspace.base, latents)
+    run_here(files, gradient_checkpointing=True)
+    losses = [pd.read_csv(place.train_curve).loss.tolist() for place in (files, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def main(folder: str, base: str, latents: str, kill_at: str) -> None:
+    make = BatchMaker.make
+
+    def make_or_die(self, step, *arguments):
+        if str(step) == kill_at:
+            os.kill(os.getpid(), 9)
+        return make(self, step, *arguments)
+
+    BatchMaker.make = make_or_die
+    train(params_of(), files_of(Path(folder), Path(base), Path(latents)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
