@@ -6,6 +6,7 @@ never an installed copy.
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a stage; a fault in the input prints its message alone and exits with 1."""
+    """Run a stage; a fault in the input, or a full disk, prints its message alone and exits with 1."""
     from sdtrain.errors import InputError
+    from sdtrain.files import disk_full, disk_is_full
 
+    def end_thread(failed: threading.ExceptHookArgs) -> None:  # TensorBoard's writer; the main thread hears of it, too
+        if not disk_is_full(failed.exc_value):
+            threading.__excepthook__(failed)
+
+    threading.excepthook = end_thread
     try:
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        sys.exit(f"error: {disk_full(error)}")

@@ -2,15 +2,17 @@
 
 `data/checkpoints/{best,last}/raw/`, `ema/` (where an average is kept), each as the method saves it, and
 `training_config.json`; with more than one best, `best-2/`, `best-3/` and so on, by rising held-out loss.
+`SHA256SUMS` lists each file's SHA-256.
 """
 
+import shutil
 from pathlib import Path
 
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 
 from sdtrain.errors import InputError
-from sdtrain.files import new_folder, read_json, write_json
+from sdtrain.files import check_sealed, new_folder, read_json, seal_folder, write_json
 from sdtrain.methods import build_method, recorded_method
 from sdtrain.methods.method import Method, trained_parameters
 from sdtrain.models.ema import averaged
@@ -25,6 +27,24 @@ def save_checkpoint(folder: Path, method: Method, ema: EMAModel | None, config: 
             with averaged(trained_parameters(method).values(), ema):
                 method.save(partial / "ema")
         write_json(partial / "training_config.json", config)
+        seal_folder(partial)
+
+
+def copy_checkpoint(source: Path, target: Path, changes: dict) -> None:
+    """Copy a checkpoint, with changes to its training_config.
+
+    Raises:
+        InputError: the copy isn't what was saved.
+    """
+    shutil.copytree(source, target)
+    try:
+        hashes = check_sealed(target)
+    except InputError:
+        check_sealed(source)  # named as it lies, where the fault is there
+        raise
+    config = target / "training_config.json"
+    write_json(config, {**read_json(config), **changes})
+    seal_folder(target, {name: digest for name, digest in hashes.items() if name != config.name})
 
 
 def read_checkpoint(folder: Path) -> dict:
@@ -52,6 +72,7 @@ def load_checkpoint(folder: Path, weights: str | None, parts: Parts) -> tuple[Me
         weights = "ema" if (folder / "ema").exists() else "raw"
     if not (folder / weights).exists():
         raise InputError(f"{folder}: keeps no {weights} weights; use 'raw', or train with train.use_ema: true")
+    parts.set_resolution(config["params"]["precompute"]["resolution"])
     method = build_method(recorded_method(config["params"]["method"]), parts)
     method.load(folder / weights)
     method.trained.requires_grad_(False).eval()

@@ -201,7 +201,8 @@ class TrainParams(Section):
     save_every_n_steps: PositiveInt
     """Optimizer steps between saved states; one is also saved at the end and on SIGINT and SIGTERM."""
     num_saved_runs: PositiveInt
-    """Runs whose newest saved state stays on disk, this one included; older ones are deleted when a run starts."""
+    """Runs whose newest saved states stay on disk, this one included; when a run starts, others are deleted, finished
+    ones first. As many others that aren't finished stay."""
     num_best_checkpoints: PositiveInt
     """Checkpoints kept by held-out loss: `best`, `best-2`, …; the `last` comes beside them."""
     early_stopping_patience: PositiveInt | None

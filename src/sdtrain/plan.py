@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 
 from sdtrain.errors import InputError
-from sdtrain.files import read_json
 from sdtrain.machine import count_micro_batches, count_processes
+from sdtrain.manifests import read_manifest
 from sdtrain.models.parts import pick_device, read_configs
 from sdtrain.params import Params
-from sdtrain.resume import StateStore
 from sdtrain.training.devices import build_accelerator
 from sdtrain.training.files import TrainFiles
 from sdtrain.training.optimizer import build_lr_scheduler, check_warmup, count_steps, peak_lr
 from sdtrain.training.preflight import check_cache, estimate_costs, total_memory_bytes
 from sdtrain.training.spec import read_spec
+from sdtrain.training.states import StateStore
 from sdtrain.training.step import optimizer_step
 from sdtrain.training.trainer import build_trainer
 
@@ -33,7 +33,7 @@ def plan_run(params: Params, files: TrainFiles, num_timed_steps: int) -> list[st
     """
     train, device, latents = params.train, pick_device(), files.latents
     if (latents / "manifest.json").exists():
-        check_cache(read_json(latents / "manifest.json"), params.precompute, params.seed, latents)
+        check_cache(read_manifest(latents, "latents"), params.precompute, params.seed, latents)
     num_train, num_held_out, origin = _count_pictures(params, latents)
     num_steps = count_steps(train, num_train)
     check_warmup(train, num_steps)
@@ -42,7 +42,7 @@ def plan_run(params: Params, files: TrainFiles, num_timed_steps: int) -> list[st
         raise InputError(f"--time-steps: times one process, the environment asks for {num_processes}; unset NPROC")
     num_micro_batches = count_micro_batches(train, num_processes)
     costs = estimate_costs(params, files.base, read_configs(files.base).latent_shape(params.precompute.resolution))
-    disk_bytes = 2 * costs.state_bytes + 2 * (train.num_best_checkpoints + 1) * costs.checkpoint_bytes
+    disk_bytes = 3 * costs.state_bytes + (2 * train.num_best_checkpoints + 3) * costs.checkpoint_bytes
     free_bytes = shutil.disk_usage(next(p for p in files.states.absolute().parents if p.exists())).free
     num_validations = num_steps // params.validation.every_n_steps + bool(num_steps % params.validation.every_n_steps)
     asked = min(num_held_out, params.validation.max_samples) * params.validation.num_timesteps
@@ -80,7 +80,7 @@ def plan_run(params: Params, files: TrainFiles, num_timed_steps: int) -> list[st
 def _count_pictures(params: Params, latents: Path) -> tuple[int, int, str]:
     """Pictures to train on and held out, and where the numbers come from."""
     if (latents / "manifest.json").exists():
-        splits = read_json(latents / "manifest.json")["splits"]
+        splits = read_manifest(latents, "latents")["splits"]
         train, held_out = (sum(shard["num_rows"] for shard in splits[name]) for name in ("train", "validation"))
         return train, held_out, f"counted in {latents}"
     if params.dataset.source != "generated":

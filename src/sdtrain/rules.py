@@ -42,7 +42,6 @@ Null is neutral, too, for every field that may be null, and the only neutral val
 """
 
 
-
 class View:
     """A params tree by attribute, of which only sound fields can be read."""
 

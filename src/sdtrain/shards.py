@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation")
 PROBE, NUM_PROBES = "probe.safetensors", 4
 
+_AGAIN = "run `dvc repro --force --single-item precompute`"
 _SHARD_BYTES = 256 * 2**20
 _BATCH_ROWS = 64
 _SCHEMA = pa.schema(
@@ -97,12 +98,11 @@ class LatentShards:
     """One split of the latent cache, memory-mapped; rows are read by their index.
 
     Raises:
-        InputError: the cache is missing, of another format, or was made for another base model.
+        InputError: the cache is missing, of another format, was made for another base model, or a shard of the split
+            is missing, broken, or not of the rows and tensors that the manifest says.
     """
 
     def __init__(self, folder: Path, split: str, encoders_fingerprint: str) -> None:
-        from safetensors import safe_open
-
         self.folder, self.manifest = folder, read_manifest(folder, "latents")
         if self.manifest["encoders_fingerprint"] != encoders_fingerprint:
             raise InputError(
@@ -111,10 +111,23 @@ class LatentShards:
                 "run `dvc repro precompute`"
             )
         shards = self.manifest["splits"][split]
-        self._files = [safe_open(folder / shard["file"], framework="pt") for shard in shards]
+        self._files = [_open(folder / shard["file"]) for shard in shards]
         self._starts = list(itertools.accumulate((shard["num_rows"] for shard in shards), initial=0))
         self._columns = frozenset(self._files[0].keys()) if shards else frozenset()
-        self.has_flipped = "mean_flipped" in self._columns
+        self.has_flipped = bool(shards) and self.manifest["params"].get("random_flip", False)
+        for shard, file in zip(shards, self._files, strict=True):
+            self._check(folder / shard["file"], file, shard["num_rows"])
+
+    def _check(self, path: Path, file, num_rows: int) -> None:
+        latents = [name + suffix for suffix in ("", "_flipped")[: 1 + self.has_flipped] for name in ("mean", "logvar")]
+        expected = {name: [num_rows, *self.manifest["shape"]] for name in latents}
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        for name, shape in {**expected, "input_ids": [num_rows, *found.get("input_ids", [0, 0])[1:]]}.items():
+            if found.get(name) != shape:
+                says = f"is of shape {found[name]}" if name in found else "is missing"
+                raise InputError(f"{path}: tensor {name} {says}, manifest.json says {shape}; {_AGAIN}")
+        if "ids" not in (file.metadata() or {}):
+            raise InputError(f"{path}: the pictures' ids are missing; {_AGAIN}")
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -157,3 +170,25 @@ class LatentShards:
             tensor = self._files[shard].get_slice(stored)[row]
             found[name] = tensor.float() if tensor.is_floating_point() else tensor
         return found
+
+
+def read_probe(folder: Path) -> "Tensor":
+    """The pixels of the cache's probe pictures, float32 [up to NUM_PROBES, 3, H, W].
+
+    Raises:
+        InputError: the file is missing or broken.
+    """
+    with _open(folder / PROBE) as file:
+        if "pixels" not in file.keys():  # noqa: SIM118
+            raise InputError(f"{folder / PROBE}: tensor pixels is missing; {_AGAIN}")
+        return file.get_tensor("pixels")
+
+
+def _open(path: Path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        fault = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read: {error}"
+        raise InputError(f"{path} {fault}; {_AGAIN}") from None

@@ -5,13 +5,13 @@
 """
 
 import sys
-from shutil import copytree
+from functools import partial
 from signal import Signals
 
 from PIL import Image
 
-from sdtrain.checkpoints import save_checkpoint
-from sdtrain.files import new_folder, read_json, write_json
+from sdtrain.checkpoints import copy_checkpoint, save_checkpoint
+from sdtrain.files import disk_errors_explained, new_folder, write_json
 from sdtrain.models.ema import averaged
 from sdtrain.models.pipelines import generate
 from sdtrain.params import Params
@@ -32,7 +32,8 @@ def train(params: Params, files: TrainFiles) -> None:
     run = start_run(params, files)
     trainer, curves, trackers, num_steps = run.trainer, run.curves, run.trackers, run.spec.num_steps
     interruption = Interruption(trainer.accelerator.num_processes)
-    with interruption.watching():
+    safe = partial(disk_errors_explained, safe=lambda: curves.last_good)
+    with safe(), interruption.watching():
         for step in range(run.first_step, num_steps + 1):  # `step`: optimizer steps made so far
             if step % params.validation.every_n_steps == 0 and not curves.has_validated(step):
                 validate_and_keep(run, step)
@@ -52,10 +53,12 @@ def train(params: Params, files: TrainFiles) -> None:
         if not curves.has_validated(step):
             validate_and_keep(run, step)
         stop_if_asked(run, interruption, step)
-    trackers.close()
-    if trainer.accelerator.is_main_process:
-        write_outs(run, step)
-        run.store.unlock()
+    with safe():
+        trackers.close()
+        if trainer.accelerator.is_main_process:
+            write_outs(run, step)
+            run.store.finish(step)
+            run.store.unlock()
 
 
 def validate_and_keep(run: Run, step: int) -> None:
@@ -64,7 +67,7 @@ def validate_and_keep(run: Run, step: int) -> None:
     losses, images = validate(run)
     run.trackers.validation_row(run.curves.add_validation(step, run.held_out.timesteps.tolist(), losses), images)
     loss = run.curves.validation_losses(step)["raw" if trainer.ema is None else "ema"]
-    best = ranked(run.best, Candidate(step, loss), run.spec.params.train.num_best_checkpoints)
+    best = ranked(run.best, Candidate(step=step, loss=loss), run.spec.params.train.num_best_checkpoints)
     if best != run.best:
         run.best = best
         if trainer.accelerator.is_main_process:
@@ -129,9 +132,7 @@ def write_outs(run: Run, step: int) -> None:
     with new_folder(files.checkpoints) as folder:
         for rank, best in enumerate(run.best, start=1):
             place = folder / ("best" if rank == 1 else f"best-{rank}")
-            copytree(run.store.checkpoint(best.step), place)
-            own = read_json(place / "training_config.json")
-            write_json(place / "training_config.json", {**own, **run.facts()})  # the run may have been extended since
+            copy_checkpoint(run.store.checkpoint(best.step), place, run.facts())  # it may have been extended since
         save_checkpoint(folder / "last", run.trainer.method, run.trainer.ema, run.config(step))
     run.curves.write(files.train_curve, files.speed_curve, files.validation_curve)
     write_json(files.metrics, summary(run, step))

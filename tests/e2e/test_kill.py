@@ -50,8 +50,9 @@ class Repro:
 
     def __init__(self, project: Project) -> None:
         self._project = project.folder
-        states = filter(_is_whole, _names_in(_run_folder(self._project)))
+        states = list(filter(_is_whole, _names_in(_run_folder(self._project))))
         self.first_step = max(map(_step_of, states), default=0)
+        self._num_states = len(states)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self._started = time.time()
         self.dvc = subprocess.Popen(
@@ -99,7 +100,7 @@ class Repro:
         steps = [step for step in range(self.first_step + 1, MAX_STEPS + 1) if step % SAVE_EVERY == 0][:3]
         return {
             "saving": steps,
-            "deleting": steps,
+            "deleting": steps[max(0, 2 - self._num_states) :],  # two states stay
             "validation": [step for step in steps if step % VALIDATE_EVERY == 0],
             "training": [step for step in steps if step % VALIDATE_EVERY != 0],
             "ending": [MAX_STEPS],
@@ -110,7 +111,8 @@ class Repro:
         folder = _run_folder(self._project)
         states, checkpoints = _names_in(folder), _names_in(folder / "checkpoints")
         newest = max(filter(_is_whole, states), default="step-0")
-        if any(_step_of(name) < _step_of(newest) for name in states) and _step_of(newest) > self.first_step:
+        num_older = sum(_step_of(name) < _step_of(newest) for name in states)
+        if num_older > 1 and _step_of(newest) > self.first_step:
             return "deleting"
         if not all(map(_is_whole, states | checkpoints)):
             return "saving"
@@ -231,14 +233,18 @@ def whole(tmp_path_factory) -> Whole:
 
 
 def results_of(project: Path) -> dict[str, str]:
-    """SHA-256 of a run's outs, and of all that it keeps to go on from, measured times and its name left out."""
+    """SHA-256 of a run's outs, and of what it keeps to go on from, measured times and its name left out.
+
+    Of its states only the newest: the one before it is of an odd step where a signal asked for it there.
+    """
     run = _run_folder(project)
-    kept = [path for path in sorted(run.rglob("*")) if path.is_file() and path.name != "owner.json"]
+    *older, newest = sorted(run.glob("step-*"))
+    left_out = {run / "owner.json", newest / "SHA256SUMS", *(path for state in older for path in state.iterdir())}
+    kept = [path for path in sorted(run.rglob("*")) if path.is_file() and path not in left_out]
     hashes = {str(path.relative_to(run)): _hash(path.read_bytes()) for path in kept}
-    for state in run.glob("step-*/state.json"):
-        facts = json.loads(state.read_text())
-        del facts["log"]["speed_rows"], facts["run_name"]
-        hashes[str(state.relative_to(run))] = _hash(json.dumps(facts).encode())
+    facts = json.loads((newest / "state.json").read_text())
+    del facts["log"]["speed_rows"], facts["run_name"]
+    hashes[str(newest.relative_to(run) / "state.json")] = _hash(json.dumps(facts).encode())
     return hashes | {name: _hash((project / name).read_bytes()) for name in METRICS} | checkpoints_of(project)
 
 

@@ -1,6 +1,7 @@
 """A shrunken run's folders, made once by the same functions that the stages call."""
 
 import gc
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from accelerate.state import AcceleratorState
 
 from sdtrain.base import resolve_base
 from sdtrain.dataset import build_dataset
+from sdtrain.files import read_json, sha256_file, write_json
 from sdtrain.params import Params
 from sdtrain.precompute import precompute_latents
 from sdtrain.train import train
@@ -38,6 +40,15 @@ class Workspace:
         precompute_latents(
             params.precompute, params.seed, self.base, self.dataset, self.latents, folder / "precompute.json"
         )
+
+    def changed_base(self, out: Path, name: str, **changes) -> Path:
+        """A copy of the base as though it had been resolved with these changes to one of its JSON files."""
+        shutil.copytree(self.base, out)
+        write_json(out / name, {**read_json(out / name), **changes})
+        manifest = read_json(out / "manifest.json")
+        manifest["files"][name] = sha256_file(out / name)
+        write_json(out / "manifest.json", manifest)
+        return out
 
     def release_locks(self) -> None:
         """What the end of a killed process does."""

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdtrain.errors import InputError
-from sdtrain.files import read_json, write_json
+from sdtrain.files import read_json, sha256_file, write_json
 from sdtrain.training import preflight
 from sdtrain.training.memory import Costs
 
@@ -29,6 +29,10 @@ def rescale(latents, factor: float) -> None:
         tensors["mean"] = (tensors["mean"].float() * factor).half()
         tensors["logvar"] = (tensors["logvar"].float() + 2 * torch.tensor(factor).log()).half()
         save_file(tensors, path, metadata)
+    manifest = read_json(latents / "manifest.json")
+    for shard in [shard for split in manifest["splits"].values() for shard in split]:
+        shard["sha256"] = sha256_file(latents / shard["file"])
+    write_json(latents / "manifest.json", manifest)
 
 
 def edit(path, **changes) -> None:
@@ -75,9 +79,7 @@ def test_a_vae_that_loses_the_picture_is_refused(workspace, latents, tmp_path, m
 
 def test_a_base_that_predicts_something_else_is_refused(workspace, tmp_path):
     """An ε-model whose scheduler says that it predicts the velocity."""
-    base = tmp_path / "base"
-    shutil.copytree(workspace.base, base)
-    edit(base / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    base = workspace.changed_base(tmp_path / "base", "scheduler/scheduler_config.json", prediction_type="v_prediction")
     with pytest.raises(InputError, match=r"loss is 0.3\d+ as its .* 'v_prediction', but 0.1\d+ with 'epsilon', which"):
         workspace.train(tmp_path / "run", base=base)
 
@@ -94,9 +96,7 @@ def test_a_base_that_predicts_nothing_is_refused_unless_it_is_to_be_trained_from
 
 
 def test_a_zero_terminal_base_must_be_named(workspace, tmp_path):
-    base = tmp_path / "base"
-    shutil.copytree(workspace.base, base)
-    edit(base / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
+    base = workspace.changed_base(tmp_path / "base", "scheduler/scheduler_config.json", rescale_betas_zero_snr=True)
     with pytest.raises(InputError, match="train.zero_terminal_snr = False: the base's scheduler has rescale_betas"):
         workspace.train(tmp_path / "run", base=base)
 
@@ -107,9 +107,9 @@ COSTS = Costs(10, 100 << 30, 100 << 30, 200 << 30, 100 << 30, 1 << 30, 1 << 30)
 def test_a_full_disk_is_told_before_training(tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: free._replace(free=5 << 30))
-    with pytest.raises(InputError, match=r"has 5.0 GiB free, saved states and checkpoints need 1200.0 GiB"):
+    with pytest.raises(InputError, match=r"has 5.0 GiB free, saved states and checkpoints need 1800.0 GiB"):
         preflight.check_disk(COSTS, 1, tmp_path / "resume", tmp_path / "out", 0)
-    with pytest.raises(InputError, match=r"need 1100.0 GiB"):
+    with pytest.raises(InputError, match=r"need 1700.0 GiB"):
         preflight.check_disk(COSTS, 1, tmp_path / "resume", tmp_path / "out", 100 << 30)
 
 

@@ -91,7 +91,7 @@ def test_a_run_moves_between_numbers_of_processes_and_nodes(workspace, alone, tm
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "stopped by SIGTERM after step" in output
-    (saved,) = place.saved_steps()
+    saved = place.saved_steps()[-1]
     assert 2 <= saved < NUM_STEPS
 
     common = {"NNODES": 2, "NPROC": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}

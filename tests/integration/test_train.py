@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import subprocess
 
 import pytest
@@ -150,11 +149,7 @@ def test_warmup_longer_than_the_epochs_is_refused(workspace, tmp_path):
 
 
 def test_a_cache_of_another_vae_is_refused(workspace, tmp_path):
-    other = tmp_path / "base"
-    shutil.copytree(workspace.base, other)
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["files"]["vae/diffusion_pytorch_model.safetensors"] = "0" * 64
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    other = workspace.changed_base(tmp_path / "base", "vae/config.json", scaling_factor=0.5)
     with pytest.raises(InputError, match="encoded by another base model.*dvc repro precompute"):
         workspace.train(tmp_path / "run", base=other)
 
@@ -182,11 +177,8 @@ def test_the_unet_remembers_the_size_it_was_trained_at(workspace, tmp_path):
     params = workspace.make_params(precompute={"resolution": 128})
     latents = tmp_path / "latents"
     precompute_latents(params.precompute, 0, workspace.base, workspace.dataset, latents, tmp_path / "metrics.json")
-    base = tmp_path / "base"
-    shutil.copytree(workspace.base, base)
-    config = json.loads((base / "unet" / "config.json").read_text())
-    config["_diffusers_version"] = "0.6.0"  # SD 1.5's: pipelines set the sample_size of such UNets to 64
-    (base / "unet" / "config.json").write_text(json.dumps(config))
+    # SD 1.5's version: pipelines set the sample_size of such UNets to 64
+    base = workspace.changed_base(tmp_path / "base", "unet/config.json", _diffusers_version="0.6.0")
     run = workspace.train(
         tmp_path / "run", base=base, latents=latents, train={"max_steps": 1}, precompute={"resolution": 128}
     )

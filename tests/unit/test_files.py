@@ -110,7 +110,8 @@ def test_manifest_of_another_format_names_both_versions(tmp_path, version):
 def test_encoders_fingerprint_changes_with_vae_and_tokenizer_only(tmp_path):
     def fingerprint(**changes) -> str:
         files = {"vae/a": "1", "tokenizer/b": "2", "unet/c": "3", "text_encoder/d": "4"}
-        write_json(tmp_path / "manifest.json", {"format_version": FORMATS["base"], "files": files | changes})
+        manifest = {"format_version": FORMATS["base"], "sources": [], "files": files | changes}
+        write_json(tmp_path / "manifest.json", manifest)
         return encoders_fingerprint(tmp_path)
 
     same = fingerprint()

@@ -32,6 +32,12 @@ class Parts:
         """The parts that hold weights."""
         return self.unet, self.vae, self.text_encoder
 
+    def set_resolution(self, resolution: int) -> None:
+        """Let pipelines draw squares of this size, in px, at which the UNet is trained."""
+        size = resolution // vae_factor(self.vae.config.block_out_channels)
+        # Pipelines reset the size of UNets that Diffusers before 0.9 saved, as SD 1.5's.
+        self.unet.register_to_config(sample_size=size, _diffusers_version=diffusers.__version__)
+
     def to(self, device: torch.device) -> None:
         """Move the weights."""
         for module in self.modules():

@@ -6,13 +6,13 @@ from pathlib import Path
 import psutil
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
 from torch import Tensor
 
 from sdtrain.errors import InputError
+from sdtrain.files import existing
 from sdtrain.models.parts import read_configs
 from sdtrain.params import Params, PrecomputeParams
-from sdtrain.shards import PROBE, LatentShards
+from sdtrain.shards import LatentShards, read_probe
 from sdtrain.training.memory import Costs, training_costs
 
 _STD_RANGE = (0.4, 2.5)
@@ -87,7 +87,7 @@ def check_vae(vae: AutoencoderKL, shards: LatentShards, latents: Path) -> float:
     Raises:
         InputError: the cache is scaled or of another VAE, or the round trip loses the picture.
     """
-    pixels = load_file(latents / PROBE)["pixels"].to(vae.device)
+    pixels = read_probe(latents).to(vae.device)
     cached = torch.stack([shards.read(row, "mean")["mean"] for row in range(len(pixels))]).to(vae.device)
     fresh = vae.encode(pixels).latent_dist.mean
     error = ((cached - fresh).norm() / fresh.norm()).item()
@@ -136,6 +136,9 @@ def check_base_loss(losses: dict[str, float], prediction_type: str, from_scratch
 def check_disk(costs: Costs, num_best: int, resume: Path, out: Path, saved_bytes: int) -> None:
     """Saved states and checkpoints will fit on the disk.
 
+    A third state is there while it is written, before the oldest goes. So are a checkpoint that only the older state
+    still refers to, and one that is being written: more where a run validates more often than it saves.
+
     Args:
         saved_bytes: what this run takes in `resume` already.
 
@@ -143,19 +146,19 @@ def check_disk(costs: Costs, num_best: int, resume: Path, out: Path, saved_bytes
         InputError: gives what is needed and what is free.
     """
     needs = {
-        resume: 2 * costs.state_bytes + (num_best + 1) * costs.checkpoint_bytes - saved_bytes,  # new before old goes
+        resume: 3 * costs.state_bytes + (num_best + 2) * costs.checkpoint_bytes - saved_bytes,
         out: (num_best + 1) * costs.checkpoint_bytes,
     }
     by_disk: dict[int, int] = {}
     for folder, needed in needs.items():
-        place = _existing(folder)
+        place = existing(folder)
         device = place.stat().st_dev
         by_disk[device] = by_disk.get(device, 0) + needed
         free = shutil.disk_usage(place).free
         if by_disk[device] > free:
             raise InputError(
                 f"{place} has {free / 2**30:.1f} GiB free, saved states and checkpoints need "
-                f"{by_disk[device] / 2**30:.1f} GiB; free some"
+                f"{by_disk[device] / 2**30:.1f} GiB; free some (states of other runs lie in {resume})"
             )
 
 
@@ -183,9 +186,3 @@ def total_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
-    folder = folder.absolute()
-    return next(place for place in (folder, *folder.parents) if place.exists())

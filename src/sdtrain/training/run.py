@@ -1,7 +1,7 @@
 """How a run starts: afresh, resumed from its own saved state, or as a branch of another's; checked before step 1."""
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import get_args
@@ -11,23 +11,23 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DDPMScheduler, SchedulerMixin
 from torch.optim.lr_scheduler import LRScheduler
 
-from sdtrain.checkpoints import is_checkpoint
 from sdtrain.diffusion import PredictionType
 from sdtrain.errors import InputError
 from sdtrain.evaluation.held_out import HeldOut
 from sdtrain.machine import check_trackers
-from sdtrain.manifests import encoders_fingerprint, read_manifest
+from sdtrain.manifests import check_base_files, check_latent_files, encoders_fingerprint, read_manifest
 from sdtrain.params import Params
-from sdtrain.resume import StateStore, load_state, read_state
 from sdtrain.shards import LatentShards
 from sdtrain.training import preflight
 from sdtrain.training.curves import Curves
 from sdtrain.training.devices import build_accelerator
 from sdtrain.training.files import TrainFiles
 from sdtrain.training.identity import describe, differences, git_commit
+from sdtrain.training.memory import Costs
 from sdtrain.training.optimizer import build_lr_scheduler
 from sdtrain.training.selection import Candidate, has_stalled
 from sdtrain.training.spec import RunSpec, read_spec
+from sdtrain.training.states import StateHead, StateStore, load_state
 from sdtrain.training.step import weights_norm
 from sdtrain.training.trackers import Trackers
 from sdtrain.training.trainer import Trainer, build_trainer
@@ -62,7 +62,8 @@ class Run:
         scaler, ema = self.trainer.accelerator.scaler, self.trainer.ema
         return {
             "log": self.curves.state(),
-            "best": [asdict(candidate) for candidate in self.best],
+            "best": [candidate.model_dump() for candidate in self.best],
+            "num_steps": self.spec.num_steps,
             "run_name": self.name,
             "num_updates": self.lr_scheduler.last_epoch,
             "ema_step": ema.optimization_step if ema else None,
@@ -105,17 +106,25 @@ def start_run(params: Params, files: TrainFiles) -> Run:
     store = StateStore(files.states, spec.identity)
     if accelerator.is_main_process:
         store.lock()
+        check_base_files(files.base)
+        check_latent_files(files.latents)
+        if spec.origin:
+            spec.origin.verify()
     accelerator.wait_for_everyone()
     trainer = build_trainer(params, files, accelerator)
     held_out = _held_out(spec, trainer)
-    _check(spec, trainer, store)
+    costs = _check(spec, trainer, store)
     saved = _agreed_state(store, spec.num_steps, accelerator)
+    if accelerator.is_main_process:
+        best = params.train.num_best_checkpoints
+        preflight.check_disk(costs, best, files.states, files.checkpoints, store.size_bytes())
     if saved:
-        num_updates = _restore(spec, trainer, saved)
+        head = _restore(spec, trainer, saved)
+        run = _open(spec, trainer, held_out, store, head, head.num_updates)
+        run.curves.last_good = f"the last good state is {saved}"
     else:
         base_losses, num_updates = _check_base(spec, trainer, held_out), _branch(spec, trainer)
-    run = _open(spec, trainer, held_out, store, saved, num_updates)
-    if not saved:
+        run = _open(spec, trainer, held_out, store, None, num_updates)
         kinds = ("raw",) if trainer.ema is None else ("raw", "ema")
         row = run.curves.add_validation(0, held_out.timesteps.tolist(), dict.fromkeys(kinds, base_losses))
         run.trackers.validation_row(row, images=[])
@@ -149,8 +158,8 @@ def _held_out_shards(spec: RunSpec) -> LatentShards:
     return LatentShards(spec.files.latents, "validation", encoders_fingerprint(spec.files.base))
 
 
-def _check(spec: RunSpec, trainer: Trainer, store: StateStore) -> None:
-    """Check all that can be checked before the first step; make room for saved states."""
+def _check(spec: RunSpec, trainer: Trainer, store: StateStore) -> Costs:
+    """Check all that can be checked before the first step; make room for saved states. What the run needs."""
     train, files, accelerator = spec.params.train, spec.files, trainer.accelerator
     costs = preflight.estimate_costs(spec.params, files.base, tuple(spec.cache["shape"]))
     preflight.check_tokens(spec.cache, trainer.parts.text_encoder.config.vocab_size, files.latents)
@@ -159,11 +168,10 @@ def _check(spec: RunSpec, trainer: Trainer, store: StateStore) -> None:
     std = preflight.check_latents(first.latents)
     psnr = preflight.check_vae(trainer.parts.vae, _held_out_shards(spec), files.latents)
     if not accelerator.is_main_process:
-        return
+        return costs
     store.prune(train.num_saved_runs, spare=spec.origin.folder if spec.origin else None)
     if train.resume == "never":
         store.clear()
-    preflight.check_disk(costs, train.num_best_checkpoints, files.states, files.checkpoints, store.size_bytes())
     base_type, own_type = trainer.parts.scheduler.config.prediction_type, train.prediction_type
     if base_type != own_type:
         print(
@@ -174,32 +182,29 @@ def _check(spec: RunSpec, trainer: Trainer, store: StateStore) -> None:
         f"run {store.fingerprint}: latents' std {std:.2f}, VAE round trip {psnr:.1f} dB, "
         f"{costs.num_parameters:,} parameters, about {costs.memory_bytes / 2**30:.1f} GiB of memory"
     )
+    return costs
 
 
 def _agreed_state(store: StateStore, num_steps: int, accelerator: Accelerator) -> Path | None:
-    """The saved state that the main process found, once every process sees it."""
+    """The sound state that the main process found, once every process sees it."""
     accelerator.wait_for_everyone()
-    found = store.newest(num_steps) if accelerator.is_main_process else None
+    found = store.newest_sound(num_steps) if accelerator.is_main_process else None
     (name,) = broadcast_object_list([found and found.name])
     path = store.folder / name if name else None
     if path is None:
         return None
     if not (path / "state.json").exists():
         raise InputError(f"{path}: the main process sees this state, this one doesn't; share the project's folder")
-    for best in read_state(path)["best"]:
-        if not is_checkpoint(store.checkpoint(best["step"])):
-            raise InputError(f"{store.checkpoint(best['step'])} is gone; to start over, delete {store.folder}")
     return path
 
 
-def _restore(spec: RunSpec, trainer: Trainer, saved: Path) -> int:
-    """Take over the run's own saved state; the schedule's steps that lie behind."""
-    state = read_state(saved)
-    load_state(saved, trainer.weights, trainer.ema, trainer.optimizer)
-    if trainer.accelerator.scaler and state["scaler"]:
-        trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    trainer.accelerator.print(f"resumes from step {state['step']} of {spec.num_steps}: {saved}")
-    return state["num_updates"]
+def _restore(spec: RunSpec, trainer: Trainer, saved: Path) -> StateHead:
+    """Take over the run's own saved state."""
+    head = load_state(saved, trainer.weights, trainer.ema, trainer.optimizer)
+    if trainer.accelerator.scaler and head.scaler:
+        trainer.accelerator.scaler.load_state_dict(head.scaler)
+    trainer.accelerator.print(f"resumes from step {head.step} of {spec.num_steps}: {saved}")
+    return head
 
 
 def _branch(spec: RunSpec, trainer: Trainer) -> int:
@@ -227,32 +232,36 @@ def _check_base(spec: RunSpec, trainer: Trainer, held_out: HeldOut) -> list[floa
 
 
 def _open(
-    spec: RunSpec, trainer: Trainer, held_out: HeldOut, store: StateStore, saved: Path | None, num_updates: int
+    spec: RunSpec, trainer: Trainer, held_out: HeldOut, store: StateStore, head: StateHead | None, num_updates: int
 ) -> Run:
-    """The run around a trainer whose weights are in place."""
-    train, accelerator, state = spec.params.train, trainer.accelerator, read_state(saved) if saved else {}
-    first_step = state.get("step", spec.origin.step if spec.origin else 0)
-    name = state.get("run_name") or f"{datetime.now():%Y%m%d-%H%M%S}-{os.environ.get('DVC_EXP_NAME') or 'repro'}"
+    """The run around a trainer whose weights are in place.
+
+    Args:
+        head: of the run's own saved state.
+    """
+    train, accelerator = spec.params.train, trainer.accelerator
+    first_step = head.step if head else spec.origin.step if spec.origin else 0
+    name = head.run_name if head else f"{datetime.now():%Y%m%d-%H%M%S}-{os.environ.get('DVC_EXP_NAME') or 'repro'}"
     shape, num_train_timesteps = tuple(spec.cache["shape"]), len(trainer.objective.alphas_cumprod)
-    curves = Curves(accelerator, train, trainer.method.logged, shape, num_train_timesteps, state.get("log"))
-    if saved or spec.origin:
-        curves.last_good = f"the last good state is {saved or spec.origin.folder}"
-    progress = {"first_step": first_step, "num_steps": spec.num_steps, "resumed": bool(saved)}
+    restored = head.log if head else None
+    progress = {"first_step": first_step, "num_steps": spec.num_steps, "resumed": head is not None}
     run = Run(
         spec=spec,
         trainer=trainer,
         held_out=held_out,
         store=store,
-        curves=curves,
+        curves=Curves(accelerator, train, trainer.method.logged, shape, num_train_timesteps, restored),
         trackers=Trackers(accelerator, train.trackers, spec.files.runs, name, **progress),
         lr_scheduler=build_lr_scheduler(trainer.optimizer, train, spec.num_steps - spec.schedule_start, num_updates),
         first_step=first_step,
-        best=[Candidate(**candidate) for candidate in state.get("best", [])],
+        best=head.best if head else [],
         name=name,
         trained_with=spec.params.model_dump(),
     )
-    if saved and (first_step >= spec.num_steps or run.has_stalled()):
-        _take_over(run, state["params"])
+    if spec.origin:
+        run.curves.last_good = f"the last good state is {spec.origin.folder}"
+    if head and (first_step >= spec.num_steps or run.has_stalled()):
+        _take_over(run, head.params)
     return run
 
 

@@ -1,13 +1,14 @@
 """Which checkpoints are kept, and when a run stops early."""
 
-from dataclasses import dataclass
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A validated step, by its held-out loss (of the EMA where there is one)."""
+class Candidate(BaseModel):
+    """A validated step and its held-out loss (of the EMA where there is one)."""
 
-    step: int
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    step: NonNegativeInt
     loss: float
 
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from sdtrain.manifests import read_manifest
 from sdtrain.params import Params
-from sdtrain.resume import Origin, find_origin
 from sdtrain.training import preflight
+from sdtrain.training.branching import Origin, find_origin
 from sdtrain.training.files import TrainFiles
 from sdtrain.training.identity import fingerprint, training_identity
 from sdtrain.training.optimizer import check_warmup, count_steps

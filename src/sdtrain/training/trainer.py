@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import diffusers
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
@@ -69,8 +68,7 @@ def build_trainer(params: Params, files: TrainFiles, accelerator: Accelerator) -
     shards = LatentShards(files.latents, "train", encoders_fingerprint(files.base))
     parts = load_parts(files.base)
     scheduler = training_scheduler(parts.scheduler, train.prediction_type, train.zero_terminal_snr)
-    # So that the UNet draws images of the training's size; pipelines reset that of UNets before Diffusers 0.9.
-    parts.unet.register_to_config(sample_size=shards.manifest["shape"][-1], _diffusers_version=diffusers.__version__)
+    parts.set_resolution(params.precompute.resolution)
     parts.to(device)
     method = build_method(params.method, parts)
     method.trained.to(device).train()

@@ -1,0 +1,499 @@
+"""Saved states: what a run needs to resume from a step as if it had never stopped.
+
+`<root>/<fingerprint>/step-<n>/` holds `weights.safetensors`, `ema.safetensors` (where an average is
+kept), `optimizer.safetensors`, `state.json` (`StateHead`) and `SHA256SUMS`, which lists each file's
+SHA-256; `<root>/<fingerprint>/checkpoints/` the best checkpoints so far, and `finished.json` is there
+once the run has written its outs. The root lies outside the outs, which DVC deletes before a stage
+runs, and outside the copies that `--temp` and queued runs work in. A state is whole or not there: it
+is written under another name, flushed to disk, and renamed. Two are kept, and before one is used it
+is checked, with the checkpoints that it refers to; what is damaged is renamed to `step-<n>.damaged`,
+and the state before it is used. No randomness is saved, because there is none to save: every draw is a
+function of seed and place (`randomness.py`).
+"""
+
+import os
+import re
+import shutil
+import socket
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import Optimizer
+
+from sdtrain.errors import InputError
+from sdtrain.files import (
+    PARTIAL,
+    SEAL,
+    check_sealed,
+    delete_folder,
+    disk_errors_explained,
+    new_folder,
+    read_json,
+    seal_folder,
+    set_aside,
+    sha256_file,
+    write_json,
+)
+from sdtrain.training.identity import describe, differences, fingerprint
+from sdtrain.training.selection import Candidate
+
+_FORMAT_VERSION = 2
+_NUM_KEPT = 2
+"""States of a run; the second is there in case that the first is damaged."""
+_FINISHED = "finished.json"
+_STEP = re.compile(r"step-\d{8}")
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+
+class StateHead(Record):
+    """state.json: what the state is, and what of it isn't tensors."""
+
+    format_version: Literal[2]
+    step: NonNegativeInt
+    """Optimizer steps made."""
+    num_steps: NonNegativeInt
+    """Of the whole run, when this was saved."""
+    fingerprint: str
+    identity: dict
+    best: list[Candidate]
+    """The best checkpoints so far."""
+    checkpoints: dict[str, str]
+    """SHA-256 of the `SHA256SUMS` of each best checkpoint, by its step."""
+    log: dict
+    run_name: str
+    num_updates: NonNegativeInt
+    ema_step: NonNegativeInt | None
+    scaler: dict | None
+    params: dict
+    """The whole params tree with which the run was last trained."""
+    optimizer_scalars: dict
+
+
+class _Owner(Record):
+    """owner.json: who trains the run."""
+
+    pid: int | str
+    host: str
+
+
+_AnyRecord = TypeVar("_AnyRecord", bound=Record)
+
+
+class StateStore:
+    """The saved states of one run, named by its identity's fingerprint."""
+
+    def __init__(self, root: Path, identity: dict) -> None:
+        self.identity, self.fingerprint = identity, fingerprint(identity)
+        self.root, self.folder = root, root / self.fingerprint
+        self._lock = _lock_of(self.folder)
+
+    def lock(self) -> None:
+        """Keep other trainers of this very run out until the process ends, and clear away what a killed one left.
+
+        Raises:
+            InputError: another process trains it already.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        owner = self.folder / "owner.json"
+        try:
+            self._lock.acquire(timeout=2)  # not 0: another run that is starting may look whether this one works
+        except Timeout:
+            try:
+                who = read_record(_Owner, owner, read_json(owner))
+            except InputError:
+                who = _Owner(pid="?", host="?")
+            raise InputError(
+                f"another process trains this very run already (pid {who.pid} on {who.host}, state in "
+                f"{self.folder}); wait until it ends, or stop it: kill {who.pid}"
+            ) from None
+        write_json(owner, {"pid": os.getpid(), "host": socket.gethostname()})
+        for partial in self.folder.rglob(f"*{PARTIAL}"):
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink(missing_ok=True)
+
+    def unlock(self) -> None:
+        """Let others train this run."""
+        self._lock.release()
+
+    def newest(self, num_steps: int) -> Path | None:
+        """The run's last state that isn't beyond `num_steps`, without a look into it."""
+        found = [path for path in _states_in(self.folder) if _step_of(path) <= num_steps]
+        return found[-1] if found else None
+
+    def newest_sound(self, num_steps: int) -> Path | None:
+        """The run's last state that isn't beyond `num_steps` and is whole; sets damaged ones aside, and says so.
+
+        Raises:
+            InputError: a damaged one can't be renamed.
+        """
+        entries = [path for path in entries_in(self.folder) if _step_of(path) <= num_steps]
+        for path in reversed(entries):
+            try:
+                self.check(path)
+            except InputError as fault:
+                kept = _set_aside(path)
+                if isinstance(fault, _CheckpointError) and fault.checkpoint.exists():
+                    kept = f"{_set_aside(fault.checkpoint)}, and {kept}"
+                print(f"{path} isn't used: {fault}; {kept}")
+            else:
+                return path
+        if entries:
+            print(f"run {self.fingerprint} starts over: it has no saved state that is whole")
+        return None
+
+    def check(self, state: Path) -> StateHead:
+        """A state of this run, and the checkpoints that it refers to, are what was saved.
+
+        Raises:
+            InputError: names what isn't.
+        """
+        head = check_state(state)
+        if head.fingerprint != self.fingerprint:
+            raise InputError(f"{state} belongs to run {head.fingerprint}, not to {self.fingerprint}")
+        if head.step != _step_of(state):
+            raise InputError(f"{state / 'state.json'} is of step {head.step}")
+        for best in head.best:
+            checkpoint = self.checkpoint(best.step)
+            if str(best.step) not in head.checkpoints:
+                raise InputError(f"{state / 'state.json'} lacks the hash of checkpoint {best.step}")
+            try:
+                check_sealed(checkpoint)
+            except InputError as fault:
+                raise _CheckpointError(str(fault), checkpoint) from None
+            if sha256_file(checkpoint / SEAL) != head.checkpoints[str(best.step)]:
+                raise _CheckpointError(f"{checkpoint} isn't the checkpoint that {state.name} refers to", checkpoint)
+        return head
+
+    def state(self, step: int) -> Path:
+        """Where the state after `step` steps is, or would be."""
+        return self.folder / f"step-{step:08}"
+
+    def why_none(self) -> str | None:
+        """Why no state that lies here is used; None where there is none at all."""
+        if own := _states_in(self.folder):
+            return f"{own[-1]} isn't used: it lies beyond the run's last step"
+        others = [states[-1] for folder in self._other_runs() if (states := _states_in(folder))]
+        for path in sorted(others, key=_changed_at, reverse=True):
+            try:
+                found = differences(read_head(path).identity, self.identity)
+            except (InputError, OSError):  # of another version, or being deleted: of no interest here
+                continue
+            return f"{path} isn't used, because it differs: {describe(found)}"
+        return None
+
+    def save(
+        self, step: int, weights: dict[str, nn.Parameter], ema: EMAModel | None, optimizer: Optimizer, facts: dict
+    ) -> Path:
+        """Write the state after `step` steps, then delete all but the last two and the checkpoints that none refers to.
+
+        Raises:
+            InputError: the disk is full, or one of the best checkpoints is gone.
+        """
+        target = self.state(step)
+        if not target.exists():  # it does where the run was resumed here, or has only validated since
+            tensors, scalars = _flat(optimizer.state_dict()["state"])
+            files = {"weights": {name: parameter.detach().contiguous() for name, parameter in weights.items()}}
+            if ema is not None:
+                files["ema"] = dict(zip(weights, ema.shadow_params, strict=True))
+            self._write(step, {**files, "optimizer": tensors}, {"optimizer_scalars": scalars, **facts})
+        for older in [state for state in _states_in(self.folder) if _step_of(state) < step][: 1 - _NUM_KEPT]:
+            delete_folder(older)
+        self.tidy([best["step"] for best in facts["best"]])
+        return target
+
+    def _write(self, step: int, files: dict[str, dict[str, torch.Tensor]], facts: dict) -> None:
+        """Write the state after `step` steps: tensors by name by the stem of their file, and the rest of the head."""
+        seals = {best["step"]: self.checkpoint(best["step"]) / SEAL for best in facts["best"]}
+        for seal in seals.values():
+            if not seal.is_file():
+                raise InputError(f"{seal.parent} has gone or is damaged, so no state that refers to it can be saved")
+        before = self.newest(step)
+        needs_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+        with (
+            disk_errors_explained(
+                f"the state after step {step}, {self.state(step)}",
+                self.folder,
+                needs_bytes,
+                (lambda: f"the last good state is {before}") if before else None,
+            ),
+            new_folder(self.state(step), durable=True) as folder,
+        ):
+            for stem, tensors in files.items():
+                save_file(tensors, folder / f"{stem}.safetensors")
+            head = {
+                "format_version": _FORMAT_VERSION,
+                "step": step,
+                "fingerprint": self.fingerprint,
+                "identity": self.identity,
+                "checkpoints": {str(best): sha256_file(seal) for best, seal in seals.items()},
+            }
+            write_json(folder / "state.json", {**head, **facts})
+            seal_folder(folder)
+        (self.folder / _FINISHED).unlink(missing_ok=True)
+
+    def finish(self, step: int) -> None:
+        """Note that the run's outs, made after `step` steps, are written."""
+        write_json(self.folder / _FINISHED, {"step": step})
+
+    def tidy(self, best: list[int]) -> None:
+        """Delete the checkpoints of steps that are neither in `best` nor needed by a state on disk."""
+        kept = set(best)
+        for state in _states_in(self.folder):
+            with suppress(InputError):  # a damaged one needs nothing: it won't be used
+                kept |= {entry.step for entry in read_head(state).best}
+        for checkpoint in entries_in(self.folder / "checkpoints"):
+            if _step_of(checkpoint) not in kept:
+                delete_folder(checkpoint)
+
+    def checkpoint(self, step: int) -> Path:
+        """Where a checkpoint of this run is kept."""
+        return self.folder / "checkpoints" / f"step-{step:08}"
+
+    def clear(self) -> None:
+        """Delete this run's states and checkpoints, the damaged ones too."""
+        (self.folder / _FINISHED).unlink(missing_ok=True)
+        for path in [*self.folder.glob("step-*"), self.folder / "checkpoints"]:
+            if path.is_dir():
+                delete_folder(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def size_bytes(self) -> int:
+        """What this run's states and checkpoints take on the disk, without the damaged ones."""
+        folders = [*_states_in(self.folder), *entries_in(self.folder / "checkpoints")]
+        return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+
+    def prune(self, num_runs: int, spare: Path | None) -> None:
+        """Make room for this run: keep `num_runs` - 1 others, and up to `num_runs` where they aren't finished.
+
+        Finished runs go first, those saved last stay, and each that goes is named. Leaves runs that train now, and
+        the run that `spare` lies in.
+        """
+        for left in self.root.glob(f"*{PARTIAL}"):
+            shutil.rmtree(left, ignore_errors=True)
+        others = [run for run in self._other_runs() if not (spare and spare.resolve().is_relative_to(run.resolve()))]
+        others.sort(key=_saved_at, reverse=True)
+        unfinished = [run for run in others if _is_unfinished(run)]
+        done = [run for run in others if run not in unfinished]
+        for run in done[max(0, num_runs - 1 - len(unfinished)) :]:
+            self._delete_run(run, f"train.num_saved_runs = {num_runs}")
+        for run in unfinished[num_runs:]:
+            self._delete_run(
+                run, f"more than train.num_saved_runs = {num_runs} others aren't finished; raise it to keep more"
+            )
+        if len(unfinished) >= num_runs:
+            last = unfinished[num_runs - 1]
+            print(
+                f"{last} ({_progress_of(last)}) will be deleted when one more new run starts; to keep it, finish it or "
+                f"raise train.num_saved_runs, which is {num_runs}"
+            )
+
+    def _delete_run(self, run: Path, why: str) -> None:
+        lock = _lock_of(run)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:  # it trains now
+            return
+        print(f"deletes {run} ({_progress_of(run)}): {why}")
+        delete_folder(run)
+        lock.release()
+
+    def _other_runs(self) -> list[Path]:
+        runs = [path for path in self.root.iterdir() if path.is_dir() and path.suffix != PARTIAL]
+        return [path for path in runs if path != self.folder]
+
+
+class _CheckpointError(InputError):
+    """A checkpoint isn't what a state refers to."""
+
+    def __init__(self, fault: str, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        super().__init__(fault)
+
+
+def _set_aside(path: Path) -> str:
+    """Rename what is damaged; says what its name is now."""
+    try:
+        return f"{path.name} is kept as {set_aside(path).relative_to(path.parent.parent)}"
+    except OSError as error:
+        raise InputError(f"{path} is damaged, and can't be renamed ({error}); move it away") from None
+
+
+def read_head(folder: Path) -> StateHead:
+    """What a saved state says that it is.
+
+    Raises:
+        InputError: its state.json is missing, broken, or of another format.
+    """
+    path = folder / "state.json"
+    tree = read_json(path)
+    version = tree.get("format_version", _FORMAT_VERSION) if isinstance(tree, dict) else _FORMAT_VERSION
+    if version != _FORMAT_VERSION:
+        raise InputError(
+            f"{folder}: format_version {version}, this code reads {_FORMAT_VERSION}; delete the folder, or use the "
+            "sdtrain that wrote it"
+        )
+    return read_record(StateHead, path, tree)
+
+
+def check_state(folder: Path) -> StateHead:
+    """The head of a saved state, each of whose files was read and is what was written.
+
+    Raises:
+        InputError: names what is missing or changed.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} isn't a folder")
+    head = read_head(folder)
+    check_sealed(folder)
+    if head.fingerprint != fingerprint(head.identity):
+        raise InputError(f"{folder / 'state.json'}: identity isn't that of run {head.fingerprint}")
+    return head
+
+
+def read_record(kind: type[_AnyRecord], path: Path, tree: Any) -> _AnyRecord:
+    """The JSON tree of a file as a record.
+
+    Raises:
+        InputError: names the file and the first thing that is wrong.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise InputError(f"{path}: {'.'.join(map(str, fault['loc'])) or 'its content'}: {fault['msg']}") from None
+
+
+def load_state(
+    folder: Path, weights: dict[str, nn.Parameter], ema: EMAModel | None, optimizer: Optimizer | None
+) -> StateHead:
+    """Take weights, average and moments over from a saved state; None leaves that part as it is. The state's head.
+
+    Raises:
+        InputError: the state's weights have another structure.
+    """
+    head = read_head(folder)
+    _copy(folder, load_file(folder / "weights.safetensors"), weights)
+    if ema is not None and head.ema_step is not None:
+        _copy(folder, load_file(folder / "ema.safetensors"), dict(zip(weights, ema.shadow_params, strict=True)))
+        ema.optimization_step = head.ema_step
+    elif ema is not None:  # a branch of a run that kept none: it starts here
+        set_average(ema, weights, 0)
+    if optimizer is not None:
+        state = _nested({**load_file(folder / "optimizer.safetensors"), **head.optimizer_scalars})
+        state = {int(index): values for index, values in state.items()}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return head
+
+
+@torch.no_grad()
+def _copy(folder: Path, saved: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> None:
+    """Copy saved tensors into ours, by name."""
+    differ = sorted(
+        name for name in saved.keys() | ours.keys()
+        if name not in saved or name not in ours or saved[name].shape != ours[name].shape
+    )  # fmt: skip
+    if differ:
+        raise InputError(
+            f"{folder}: its weights don't match this run's: {len(differ)} tensors differ in name or shape, "
+            f"{', '.join(differ[:3])}{', …' if len(differ) > 3 else ''}"
+        )
+    for name, tensor in ours.items():
+        tensor.copy_(saved[name])
+
+
+@torch.no_grad()
+def set_average(ema: EMAModel, weights: dict[str, nn.Parameter], num_updates: int) -> None:
+    """Let the average be these weights, after so many updates."""
+    for ours, theirs in zip(ema.shadow_params, weights.values(), strict=True):
+        ours.copy_(theirs)
+    ema.optimization_step = num_updates
+
+
+def _flat(state: dict, prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state by path (`3/exp_avg`): tensors, none of which shares memory, and all else."""
+    tensors, scalars = {}, {}
+    for key, value in state.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            deeper = _flat(value, f"{path}/")
+            tensors |= deeper[0]
+            scalars |= deeper[1]
+        elif isinstance(value, torch.Tensor):
+            tensors[path] = value.detach().clone(memory_format=torch.contiguous_format)
+        else:
+            scalars[path] = value
+    return tensors, scalars
+
+
+def _nested(flat: dict[str, Any]) -> dict:
+    """The inverse of `_flat`, with all keys as text."""
+    tree: dict = {}
+    for path, value in flat.items():
+        *parents, key = path.split("/")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[key] = value
+    return tree
+
+
+def entries_in(folder: Path) -> list[Path]:
+    """What is named as a state or checkpoint, whole or not, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if _STEP.fullmatch(path.name))
+
+
+def _states_in(folder: Path) -> list[Path]:
+    """States, oldest first."""
+    return [path for path in entries_in(folder) if (path / "state.json").is_file()]
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _is_unfinished(run: Path) -> bool:
+    """Whether a run has a state, and hasn't written its outs since."""
+    return bool(_states_in(run)) and not (run / _FINISHED).exists()
+
+
+def _progress_of(run: Path) -> str:
+    """How far a run came, in words."""
+    states = _states_in(run)
+    if not states:
+        return "no saved state"
+    when = f"saved {datetime.fromtimestamp(_changed_at(states[-1])):%Y-%m-%d %H:%M}"
+    finished = "not finished" if _is_unfinished(run) else "finished"
+    try:
+        head = read_head(states[-1])
+    except InputError:
+        return f"step {_step_of(states[-1])}, {finished}, {when}"
+    return f"step {head.step} of {head.num_steps}, {finished}, {when}"
+
+
+def _saved_at(run: Path) -> float:
+    return max((_changed_at(state) for state in _states_in(run)), default=0.0)
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another run has just replaced it
+        return 0.0
+
+
+def _lock_of(folder: Path) -> FileLock:
+    return FileLock(folder.with_name(folder.name + ".lock"))
