@@ -309,7 +309,7 @@ def build_unet() -> None:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from sdtrain.diffusion import add_noise
+    from sdtrain.ground.diffusion import add_noise
 
     vae = AutoencoderKL.from_pretrained(BUILD / "vae").requires_grad_(False)
     text_encoder = CLIPTextModel.from_pretrained(BUILD / "text_encoder").requires_grad_(False).eval()

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 def run(main: Callable[[], None]) -> None:
     """Run a stage; a fault in the input, or a full disk, prints its message alone and exits with 1."""
-    from sdtrain.errors import InputError
-    from sdtrain.files import disk_full, disk_is_full
+    from sdtrain.ground.errors import InputError
+    from sdtrain.ground.files import disk_full, disk_is_full
 
     def end_thread(failed: threading.ExceptHookArgs) -> None:  # TensorBoard's writer; the main thread hears of it, too
         if not disk_is_full(failed.exc_value):

@@ -1,7 +1,7 @@
 """Gather the base model: data/base."""
 
 from sdtrain.base import resolve_base
-from sdtrain.machine import load_trainable_params
+from sdtrain.params.machine import load_trainable_params
 from stages import paths, run
 
 

@@ -1,7 +1,7 @@
 """Read, check and split the captioned pictures: data/dataset."""
 
 from sdtrain.dataset import build_dataset
-from sdtrain.machine import load_trainable_params
+from sdtrain.params.machine import load_trainable_params
 from stages import paths, run
 
 

@@ -1,7 +1,7 @@
 """Compare the trained model with its base on held-out data: metrics/evaluate.json."""
 
 from sdtrain.evaluate import evaluate_model
-from sdtrain.params import load_params
+from sdtrain.params.load import load_params
 from stages import paths, run
 
 

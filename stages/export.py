@@ -1,7 +1,7 @@
 """Make the chosen checkpoint a Diffusers model: data/model."""
 
 from sdtrain.export import export_model
-from sdtrain.params import load_params
+from sdtrain.params.load import load_params
 from stages import paths, run
 
 

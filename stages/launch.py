@@ -3,8 +3,8 @@
 import os
 import sys
 
-from sdtrain.errors import InputError
-from sdtrain.machine import launch_numbers
+from sdtrain.ground.errors import InputError
+from sdtrain.params.machine import launch_numbers
 
 
 def launch(module: str) -> None:

@@ -1,6 +1,6 @@
 """Encode pictures with the VAE and captions with the tokenizer: data/latents."""
 
-from sdtrain.machine import load_trainable_params
+from sdtrain.params.machine import load_trainable_params
 from sdtrain.precompute import precompute_latents
 from stages import paths, run
 

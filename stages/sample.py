@@ -1,6 +1,6 @@
 """Draw the grid of base and trained pictures: data/samples/grid.png."""
 
-from sdtrain.params import load_params
+from sdtrain.params.load import load_params
 from sdtrain.sample import sample_grid
 from stages import paths, run
 

@@ -1,6 +1,6 @@
 """Train on the cached latents: data/checkpoints."""
 
-from sdtrain.machine import load_trainable_params
+from sdtrain.params.machine import load_trainable_params
 from sdtrain.train import train
 from sdtrain.training.files import TrainFiles
 from stages import paths, run

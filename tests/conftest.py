@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdtrain.params import Params, check_params
+from sdtrain.params.load import check_params
+from sdtrain.params.schema import Params
 
 ROOT = Path(__file__).resolve().parent.parent
 SHRUNK = {

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from sdtrain import hub
-from sdtrain.errors import InputError
-from sdtrain.files import new_folder, read_json, sha256_file, write_json
-from sdtrain.manifests import FORMATS
-from sdtrain.params import BaseParams
+from sdtrain.ground import hub
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import new_folder, read_json, sha256_file, write_json
+from sdtrain.ground.manifests import FORMATS
+from sdtrain.params.schema import BaseParams
 
 _PARTS = {
     "scheduler": (("scheduler_config.json",), None),

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdtrain.errors import InputError
+from sdtrain.ground.errors import InputError
 
 if TYPE_CHECKING:
     from sdtrain.training.files import TrainFiles
@@ -68,7 +68,7 @@ def _positive(text: str) -> int:
 def _generate(options: argparse.Namespace) -> None:
     if not options.model.is_dir():
         raise InputError(f"--model {options.model}: no such folder; `dvc repro export` makes data/model")
-    from sdtrain.checkpoints import is_checkpoint, load_checkpoint
+    from sdtrain.methods.checkpoints import is_checkpoint, load_checkpoint
     from sdtrain.models.parts import load_parts, pick_device
     from sdtrain.models.pipelines import generate, load_pipeline
 
@@ -102,8 +102,8 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from sdtrain.params import load_params
-    from sdtrain.plan import plan_run
+    from sdtrain.params.load import load_params
+    from sdtrain.tools.plan import plan_run
 
     params = load_params(options.params)
     if not options.base.exists() and params.base.source == "local":
@@ -113,8 +113,8 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _overfit(options: argparse.Namespace) -> None:
-    from sdtrain.overfit import overfit_batch
-    from sdtrain.params import load_params
+    from sdtrain.params.load import load_params
+    from sdtrain.tools.overfit import overfit_batch
 
     if os.environ.get("NPROC", "1") != "1":
         raise InputError(f"overfit works in one process, the environment says NPROC = {os.environ['NPROC']}; unset it")

@@ -17,14 +17,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sdtrain import randomness
-from sdtrain.errors import InputError
-from sdtrain.files import PARTIAL, new_folder, sha256_json, write_json
-from sdtrain.images import DAMAGED_EXIF, BadPicture, clean_picture
-from sdtrain.manifests import FORMATS
-from sdtrain.params import DatasetParams
-from sdtrain.shards import SPLITS, DatasetWriter
-from sdtrain.sources import Candidate, open_source
+from sdtrain.data.images import DAMAGED_EXIF, BadPicture, clean_picture
+from sdtrain.data.shards import SPLITS, DatasetWriter
+from sdtrain.data.sources import Candidate, open_source
+from sdtrain.ground import randomness
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import PARTIAL, new_folder, sha256_json, write_json
+from sdtrain.ground.manifests import FORMATS
+from sdtrain.params.schema import DatasetParams
 
 
 def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) -> None:

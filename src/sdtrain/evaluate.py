@@ -1,24 +1,21 @@
 """Numbers on held-out data: the loss of base and trained, and on generated scenes prompt accuracy."""
 
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from diffusers import StableDiffusionPipeline
 
-from sdtrain import randomness, scenes
+from sdtrain.data.shards import LatentShards
 from sdtrain.evaluation.held_out import HeldOut
-from sdtrain.files import read_json, write_json, write_text
-from sdtrain.manifests import encoders_fingerprint, read_manifest
+from sdtrain.evaluation.prompt_accuracy import prompt_accuracy
+from sdtrain.ground import randomness
+from sdtrain.ground.files import read_json, write_json, write_text
+from sdtrain.ground.manifests import encoders_fingerprint, read_manifest
+from sdtrain.ground.statistics import bootstrap_interval
 from sdtrain.methods import build_method, recorded_method
 from sdtrain.models.parts import parts_of
-from sdtrain.models.pipelines import generate, load_pipeline
-from sdtrain.params import EvaluateParams, Section
-from sdtrain.shards import LatentShards
-from sdtrain.statistics import bootstrap_interval, wilson_interval
-
-_FIELDS = ("color", "shape", "style", "size", "position", "background")
+from sdtrain.models.pipelines import load_pipeline
+from sdtrain.params.schema import EvaluateParams, Section
 
 
 def evaluate_model(
@@ -44,7 +41,7 @@ def evaluate_model(
     write_text(loss_table, table.to_csv(index=False, lineterminator="\n"))
     rows = []
     if "generated" in read_manifest(dataset, "dataset")["source"]:
-        rows = _prompt_accuracy(params, seed, pipelines)
+        rows = prompt_accuracy(params, seed, pipelines)
         numbers |= {f"{row['prompts']}_{row['field']}_accuracy_{row['model']}": row["accuracy"] for row in rows}
         numbers["num_prompts"] = params.num_prompts
     columns = ["prompts", "field", "model", "accuracy", "ci_low", "ci_high", "num"]
@@ -86,46 +83,3 @@ def _held_out_loss(
     by_timestep = {name: values.mean(axis=0) for name, values in losses.items()}
     table = pd.DataFrame({"timestep": held_out.timesteps.numpy(), **by_timestep})
     return {name: float(value) for name, value in numbers.items()} | {"num_held_out": held_out.num_samples}, table
-
-
-def _prompt_accuracy(params: EvaluateParams, seed: int, pipelines: dict[str, StableDiffusionPipeline]) -> list[dict]:
-    """Share of pictures that show what the prompt says, by field.
-
-    Of prompts with new concepts, colour is counted where the object's colour is new, shape where
-    the shape is, style where the style is: what the base has never seen. Known prompts count all.
-    """
-    rows = []
-    for kind in ("new", "known"):
-        rng = randomness.generator(seed, f"{kind} prompts")
-        wanted = [scenes.draw_scene(rng, new=kind == "new", known_background=True) for _ in range(params.num_prompts)]
-        for name, pipeline in pipelines.items():
-            images = generate(
-                pipeline,
-                [scenes.caption(scene) for scene in wanted],
-                [seed + place for place in range(len(wanted))],
-                num_inference_steps=params.num_inference_steps,
-                guidance_scale=params.guidance_scale,
-                batch_size=params.batch_size,
-            )
-            shown = [scenes.measure(image) for image in images]
-            for field in _FIELDS:
-                right = [
-                    found is not None and asdict(found)[field] == asdict(scene)[field]
-                    for scene, found in zip(wanted, shown, strict=True)
-                    if kind == "known" or field not in scenes.NEW or asdict(scene)[field] in scenes.NEW[field]
-                ]
-                if not right:
-                    continue
-                low, high = wilson_interval(sum(right), len(right))
-                rows.append(
-                    {
-                        "prompts": kind,
-                        "field": field,
-                        "model": name,
-                        "accuracy": float(np.mean(right)),
-                        "ci_low": low,
-                        "ci_high": high,
-                        "num": len(right),
-                    }
-                )
-    return rows

@@ -8,11 +8,11 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from sdtrain import __version__
-from sdtrain.checkpoints import load_checkpoint
-from sdtrain.files import new_folder, read_json, write_json, write_text
+from sdtrain.ground.files import new_folder, read_json, write_json, write_text
+from sdtrain.ground.schedules import scaled_lr
+from sdtrain.methods.checkpoints import load_checkpoint
 from sdtrain.models.parts import load_parts
-from sdtrain.params import ExportParams
-from sdtrain.schedules import scaled_lr
+from sdtrain.params.schema import ExportParams
 
 _TOLERANCE = {"fp32": 0.0, "fp16": 2e-2}
 """Relative error allowed between the checkpoint's and the exported UNet's output."""

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sdtrain.errors import InputError
-from sdtrain.files import new_folder, sha256_file, sha256_json, write_json
-from sdtrain.images import decode_rgb, square_pixels
-from sdtrain.manifests import FORMATS, encoders_fingerprint, read_manifest
+from sdtrain.data.images import decode_rgb, square_pixels
+from sdtrain.data.shards import NUM_PROBES, PROBE, SPLITS, read_dataset
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import new_folder, sha256_file, sha256_json, write_json
+from sdtrain.ground.manifests import FORMATS, encoders_fingerprint, read_manifest
 from sdtrain.models.parts import load_tokenizer, load_vae, pick_device, tokenize, vae_factor
-from sdtrain.params import PrecomputeParams
-from sdtrain.shards import NUM_PROBES, PROBE, SPLITS, read_dataset
+from sdtrain.params.schema import PrecomputeParams
 
 _SHARD_ROWS = 2048
 

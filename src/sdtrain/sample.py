@@ -5,9 +5,9 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
-from sdtrain.files import new_folder
+from sdtrain.ground.files import new_folder
 from sdtrain.models.pipelines import generate, load_pipeline
-from sdtrain.params import SampleParams
+from sdtrain.params.schema import SampleParams
 
 _MIN_CELL_PX = 128
 _MARGIN_PX = 8

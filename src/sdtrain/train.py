@@ -10,11 +10,11 @@ from signal import Signals
 
 from PIL import Image
 
-from sdtrain.checkpoints import copy_checkpoint, save_checkpoint
-from sdtrain.files import disk_errors_explained, new_folder, write_json
+from sdtrain.ground.files import disk_errors_explained, new_folder, write_json
+from sdtrain.methods.checkpoints import copy_checkpoint, save_checkpoint
 from sdtrain.models.ema import averaged
 from sdtrain.models.pipelines import generate
-from sdtrain.params import Params
+from sdtrain.params.schema import Params
 from sdtrain.training.files import TrainFiles
 from sdtrain.training.interruption import Interruption
 from sdtrain.training.run import Run, held_out_losses, start_run

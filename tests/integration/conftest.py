@@ -11,8 +11,8 @@ from accelerate.state import AcceleratorState
 
 from sdtrain.base import resolve_base
 from sdtrain.dataset import build_dataset
-from sdtrain.files import read_json, sha256_file, write_json
-from sdtrain.params import Params
+from sdtrain.ground.files import read_json, sha256_file, write_json
+from sdtrain.params.schema import Params
 from sdtrain.precompute import precompute_latents
 from sdtrain.train import train
 from sdtrain.training.files import TrainFiles

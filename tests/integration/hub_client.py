@@ -73,7 +73,7 @@ class HubClient:
 def _run(call: dict) -> None:
     from sdtrain.base import resolve_base
     from sdtrain.dataset import build_dataset
-    from sdtrain.params import check_params, load_params
+    from sdtrain.params.load import check_params, load_params
 
     tree = load_params(ROOT / "params.yaml").model_dump()
     tree[call["section"]].update(call["changes"])
@@ -85,8 +85,8 @@ def _run(call: dict) -> None:
 
 
 def _serve() -> None:
-    from sdtrain import hub
-    from sdtrain.errors import InputError
+    from sdtrain.ground import hub
+    from sdtrain.ground.errors import InputError
 
     hub.FIRST_WAIT_S = 0.01
     answers = os.fdopen(os.dup(1), "w")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdtrain.base import resolve_base
-from sdtrain.errors import InputError
+from sdtrain.ground.errors import InputError
 from sdtrain.models.parts import load_unet
 
 SMALL = {

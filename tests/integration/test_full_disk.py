@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import stages
-from sdtrain import checkpoints, files
-from sdtrain.errors import DiskFullError
-from sdtrain.files import PARTIAL, disk_errors_explained, new_folder, write_json, write_text
+from sdtrain.ground import files
+from sdtrain.ground.errors import DiskFullError
+from sdtrain.ground.files import PARTIAL, disk_errors_explained, new_folder, write_json, write_text
+from sdtrain.methods import checkpoints
 from sdtrain.training import states
 from tests.conftest import ROOT, shrunk_tree
 from tests.integration.test_resume import assert_same

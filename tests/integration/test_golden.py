@@ -55,7 +55,7 @@ def test_ten_steps_give_the_golden_losses(workspace, tmp_path, name):
 
 
 if __name__ == "__main__":
-    from sdtrain.params import check_params
+    from sdtrain.params.load import check_params
     from tests.integration.conftest import Workspace
 
     with tempfile.TemporaryDirectory() as folder:

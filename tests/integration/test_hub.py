@@ -19,10 +19,10 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from sdtrain.files import read_json
+from sdtrain.data.shards import read_dataset
+from sdtrain.ground.files import read_json
 from sdtrain.models.parts import load_tokenizer, tokenize
 from sdtrain.models.pipelines import load_pipeline
-from sdtrain.shards import read_dataset
 from tests.integration.hub_client import Answer, HubClient
 from tests.integration.hub_server import (
     INFO,

@@ -8,7 +8,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdtrain.batches import BatchMaker
+from sdtrain.data.batches import BatchMaker
 from sdtrain.export import export_model
 from sdtrain.training.curves import Curves
 from sdtrain.training.step import optimizer_step

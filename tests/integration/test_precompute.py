@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from sdtrain.errors import InputError
-from sdtrain.images import decode_rgb, square_pixels
-from sdtrain.manifests import encoders_fingerprint
+from sdtrain.data.images import decode_rgb, square_pixels
+from sdtrain.data.shards import LatentShards, read_dataset
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.manifests import encoders_fingerprint
 from sdtrain.models.parts import load_tokenizer, load_vae, tokenize
 from sdtrain.precompute import precompute_latents
-from sdtrain.shards import LatentShards, read_dataset
 
 
 def precompute(workspace, out, **changes):

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sdtrain.errors import InputError
-from sdtrain.files import read_json, sha256_file, write_json
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import read_json, sha256_file, write_json
 from sdtrain.training import preflight
 from sdtrain.training.memory import Costs
 

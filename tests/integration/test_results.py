@@ -11,9 +11,9 @@ from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
 from sdtrain import cli
-from sdtrain.errors import InputError
 from sdtrain.evaluate import evaluate_model
 from sdtrain.export import export_model
+from sdtrain.ground.errors import InputError
 from sdtrain.sample import draw_grid, sample_grid
 
 

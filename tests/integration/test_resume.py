@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sdtrain import train as train_module
-from sdtrain.batches import BatchMaker
-from sdtrain.errors import InputError
+from sdtrain.data.batches import BatchMaker
+from sdtrain.ground.errors import InputError
 from sdtrain.training.optimizer import build_optimizer
 from sdtrain.training.states import StateStore, _flat, _nested, read_head
 
@@ -135,7 +135,7 @@ def test_a_kill_within_a_save_leaves_the_state_before_it(workspace, whole, tmp_p
                 raise KeyboardInterrupt
 
         patch.setattr(states, "save_file", save_file)
-        patch.setattr("sdtrain.files.shutil.rmtree", lambda *_, **__: None)  # a killed process tidies nothing
+        patch.setattr("sdtrain.ground.files.shutil.rmtree", lambda *_, **__: None)  # a killed process tidies nothing
         with pytest.raises(KeyboardInterrupt):
             workspace.train(tmp_path, train=STEPS)
     assert list((tmp_path / "resume").glob("*/step-00000004.partial"))

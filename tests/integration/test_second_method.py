@@ -14,11 +14,12 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sdtrain.batches import BatchMaker
-from sdtrain.errors import InputError
+from sdtrain.data.batches import BatchMaker
 from sdtrain.export import export_model
-from sdtrain.files import read_json, sha256_file, write_json
-from sdtrain.params import Params, check_params
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import read_json, sha256_file, write_json
+from sdtrain.params.load import check_params
+from sdtrain.params.schema import Params
 from sdtrain.train import train
 from sdtrain.training.files import TrainFiles
 from tests.conftest import ROOT, shrunk_tree

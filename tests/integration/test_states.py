@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdtrain import manifests
-from sdtrain.errors import InputError
-from sdtrain.files import PARTIAL, read_json, seal_folder, write_json
-from sdtrain.manifests import encoders_fingerprint
-from sdtrain.params import check_params
-from sdtrain.shards import LatentShards
+from sdtrain.data.shards import LatentShards
+from sdtrain.ground import manifests
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import PARTIAL, read_json, seal_folder, write_json
+from sdtrain.ground.manifests import encoders_fingerprint
+from sdtrain.params.load import check_params
 from sdtrain.training.branching import find_origin
 from sdtrain.training.states import StateStore, read_head
 from tests.conftest import shrunk_tree
@@ -628,7 +628,7 @@ def test_a_second_trainer_is_refused_whatever_the_first_one_left_of_its_name(tmp
 
 @pytest.mark.parametrize("text", ["{}", "[]", "{"])
 def test_the_plan_refuses_a_cache_whose_manifest_says_nothing(workspace, tmp_path, text):
-    from sdtrain.plan import plan_run
+    from sdtrain.tools.plan import plan_run
 
     shutil.copytree(workspace.latents, tmp_path / "latents")
     (tmp_path / "latents" / "manifest.json").write_text(text)

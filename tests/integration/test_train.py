@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdtrain.checkpoints import load_checkpoint
-from sdtrain.errors import InputError
+from sdtrain.ground.errors import InputError
+from sdtrain.methods.checkpoints import load_checkpoint
 from sdtrain.models.parts import load_parts, load_unet
 from sdtrain.precompute import precompute_latents
 from sdtrain.training.identity import fingerprint
@@ -87,9 +87,9 @@ def test_checkpoints_hold_what_made_them(run, workspace):
     assert {"torch", "diffusers", "transformers", "accelerate"} < set(config["identity"]["libraries"])
     assert set(config["identity"]["code"]) >= {
         "sdtrain.training.step",
-        "sdtrain.batches",
-        "sdtrain.diffusion",
-        "sdtrain.randomness",
+        "sdtrain.data.batches",
+        "sdtrain.ground.diffusion",
+        "sdtrain.ground.randomness",
     }
     assert config["resumed_from"] is None
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sdtrain.methods import METHODS, Kind
 from sdtrain.methods.method import denoising_loss, encode_text
 from sdtrain.models.pipelines import build_pipeline
-from sdtrain.params import Section
+from sdtrain.params.schema import Section
 
 
 class TimeEmbeddingParams(Section):

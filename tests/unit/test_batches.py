@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sdtrain.batches import BatchMaker
-from sdtrain.params import check_params
+from sdtrain.data.batches import BatchMaker
+from sdtrain.params.load import check_params
 from tests.conftest import shrunk_tree
 
 CPU = torch.device("cpu")

@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import GifImagePlugin, Image
 
-from sdtrain import dataset, scenes
+from sdtrain import dataset
+from sdtrain.data import scenes
+from sdtrain.data.images import decode_rgb
+from sdtrain.data.shards import SPLITS, read_dataset
 from sdtrain.dataset import build_dataset
-from sdtrain.errors import InputError
-from sdtrain.files import read_json
-from sdtrain.images import decode_rgb
-from sdtrain.params import DatasetParams
-from sdtrain.shards import SPLITS, read_dataset
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import read_json
+from sdtrain.params.schema import DatasetParams
 
 NUM = 12
 UNLISTED = "not listed in the metadata, hidden, or of an unknown type"

@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch.testing import assert_close
 
-from sdtrain.diffusion import (
+from sdtrain.ground.diffusion import (
     add_noise,
     mid_bin_timesteps,
     min_snr_weights,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdtrain.models.ema import PowerFunctionEMA, averaged, build_ema, power_exponent
-from sdtrain.params import check_params
+from sdtrain.params.load import check_params
 from tests.conftest import shrunk_tree
 
 

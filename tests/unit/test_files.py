@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from sdtrain.errors import InputError
-from sdtrain.files import new_folder, read_json, sha256_file, sha256_json, write_json, write_text
-from sdtrain.manifests import FORMATS, encoders_fingerprint, read_manifest
-from sdtrain.statistics import bootstrap_interval, wilson_interval
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import new_folder, read_json, sha256_file, sha256_json, write_json, write_text
+from sdtrain.ground.manifests import FORMATS, encoders_fingerprint, read_manifest
+from sdtrain.ground.statistics import bootstrap_interval, wilson_interval
 
 
 def test_new_folder_appears_when_its_body_has_ended(tmp_path):

@@ -1,7 +1,7 @@
 """Which pictures the held-out loss asks about."""
 
 from sdtrain.evaluation.held_out import HeldOut
-from sdtrain.randomness import generator
+from sdtrain.ground.randomness import generator
 
 
 class Shards:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from sdtrain.images import DAMAGED_EXIF, BadPicture, clean_picture, decode_rgb, square_pixels
+from sdtrain.data.images import DAMAGED_EXIF, BadPicture, clean_picture, decode_rgb, square_pixels
 
 BLUE = "#0000ff"
 ORIENTATION = 0x0112

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from sdtrain.errors import InputError
-from sdtrain.machine import check_device, check_machine, count_micro_batches, count_processes
+from sdtrain.ground.errors import InputError
+from sdtrain.params.machine import check_device, check_machine, count_micro_batches, count_processes
 from tests.conftest import ROOT, shrunk_tree
 
 UP_TO_TRAIN = ["base", "dataset", "precompute", "train"]
@@ -202,7 +202,7 @@ def test_what_was_trained_elsewhere_is_used_anywhere(stage, machine, tmp_path, m
 def test_checking_the_shipped_params_imports_no_torch():
     """`base` and `dataset` start in a second."""
     code = (
-        "import sys, stages; from pathlib import Path; from sdtrain.machine import load_trainable_params\n"
+        "import sys, stages; from pathlib import Path; from sdtrain.params.machine import load_trainable_params\n"
         "load_trainable_params(Path('params.yaml')); sys.exit('torch' in sys.modules)"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("NPROC", "NNODES")}

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch.autograd.graph import saved_tensors_hooks
 
 from sdtrain.models.parts import Configs, read_configs
-from sdtrain.params import check_params
+from sdtrain.params.load import check_params
 from sdtrain.training import memory
 from sdtrain.training.memory import Costs, training_costs
 from tests.conftest import shrunk_tree

@@ -6,10 +6,11 @@ from typing import get_args
 import pytest
 import yaml
 
-from sdtrain.errors import InputError
-from sdtrain.params import DatasetParams, Params, Section, check_params, load_params
-from sdtrain.rules import NEUTRAL, RULES, View
-from sdtrain.schedules import scaled_lr
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.schedules import scaled_lr
+from sdtrain.params.load import check_params, load_params
+from sdtrain.params.rules import NEUTRAL, RULES, View
+from sdtrain.params.schema import DatasetParams, Params, Section
 from sdtrain.training.optimizer import peak_lr
 
 ROOT = Path(__file__).parents[2]
@@ -483,7 +484,7 @@ def test_lr_scaling(scaling, lr):
 def test_every_schedule_of_diffusers_can_be_chosen():
     from diffusers.optimization import SchedulerType
 
-    from sdtrain.params import TrainParams
+    from sdtrain.params.schema import TrainParams
 
     chosen = get_args(TrainParams.model_fields["lr_scheduler"].annotation)
     assert set(chosen) == {schedule.value for schedule in SchedulerType}

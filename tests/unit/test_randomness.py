@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdtrain.randomness import generator, hash64, normal, uniform
+from sdtrain.ground.randomness import generator, hash64, normal, uniform
 
 WORD = st.integers(0, 2**64 - 1)
 PLACE = st.tuples(WORD, WORD, WORD)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from sdtrain.images import decode_rgb
-from sdtrain.scenes import (
+from sdtrain.data.images import decode_rgb
+from sdtrain.data.scenes import (
     ANCHORS_PX,
     COLORS,
     KNOWN,

@@ -1,6 +1,7 @@
 """The project holds its own shape: layers, and dvc.yaml against what the code imports, reads and names."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,42 +9,36 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdtrain.params import Params, load_params
+from sdtrain.ground.imports import SOURCE, import_closure
+from sdtrain.params.load import load_params
+from sdtrain.params.schema import Params
 
 ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = list(PIPELINE["stages"])
 NEUTRAL = {("dataset", "dataset"): {"num_workers"}, ("train", "precompute"): {"batch_size"}}
 """Fields by (stage, section) that change no byte of any of its outs, and so are no params of the stage."""
-NOT_OUTS = {"PARAMS", "RUNS", "RESUME"}
+NOT_OUTS = {"PARAMS", "RUNS", "STATES"}
+EXACT = ("base", "dataset", "precompute")
+"""Stages whose needless rerun costs hours: their deps are files. The others depend on folders, too: a rerun of `train`
+is cheap while its saved state is there."""
+NO_DEPS = (
+    "sdtrain", "sdtrain.ground", "sdtrain.data", "sdtrain.models", "sdtrain.evaluation", "sdtrain.training",
+    "sdtrain.ground.errors", "sdtrain.params*", "stages", "stages.paths", "stages.launch",
+)  # fmt: skip
+"""Modules that no stage depends on: params (DVC watches their values), the exceptions, the paths (they are the outs'),
+how processes are started, and packages' docstrings."""
 
 
-def source_of(module: str) -> Path | None:
-    parts = Path(*module.split("."))
-    for root in (ROOT, ROOT / "src"):
-        for path in (root / parts.with_suffix(".py"), root / parts / "__init__.py"):
-            if path.exists() and parts.parts[0] in ("stages", "sdtrain"):
-                return path
-    return None
+def closure_of(stage: str) -> set[str]:
+    """The files that a stage's script imports, directly or not, and the script itself."""
+    script = ROOT / "stages" / f"{stage}.py"
+    found = import_closure([script], {"sdtrain": SOURCE, "stages": ROOT}, skip=NO_DEPS)
+    return {path.relative_to(ROOT).as_posix() for path in (script, *found.values())}
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Every module a file imports, anywhere in it, and the packages those lie in."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return {name.rsplit(".", cut)[0] for name in names for cut in range(name.count(".") + 1)}
-
-
-def import_closure(path: Path, found: set[Path]) -> set[Path]:
-    found.add(path)
-    for module in imported_modules(path):
-        if (source := source_of(module)) and source not in found:
-            import_closure(source, found)
-    return found
+def code_deps(stage: str) -> set[str]:
+    return {dep for dep in PIPELINE["stages"][stage]["deps"] if dep.startswith(("src/", "stages/"))}
 
 
 def attributes_of(stage: str, name: str) -> set[str]:
@@ -56,21 +51,53 @@ def attributes_of(stage: str, name: str) -> set[str]:
     }
 
 
+def sections_of(stage: str) -> set[str]:
+    """The sections of the params that a stage reads: where its script hands on all of them, anywhere in its code."""
+    tree = ast.parse((ROOT / "stages" / f"{stage}.py").read_text())
+    whole = any(
+        isinstance(argument, ast.Name) and argument.id == "params"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for argument in node.args
+    )
+    if not whole:
+        return attributes_of(stage, "params")
+    texts = [(ROOT / name).read_text() for name in closure_of(stage)]
+    named = {name for text in texts for name in re.findall(r"\bparams\.([a-z_]+)", text)}
+    return named & set(Params.model_fields)
+
+
 def names_in(entries: list) -> set[str]:
     return {name for entry in entries for name in (entry if isinstance(entry, dict) else [entry])}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EXACT)
 def test_code_deps_are_exactly_what_the_stage_imports(stage):
-    closure = import_closure(ROOT / "stages" / f"{stage}.py", set())
-    in_closure = {path.relative_to(ROOT).as_posix() for path in closure}
-    assert {dep for dep in PIPELINE["stages"][stage]["deps"] if dep.endswith(".py")} == in_closure
+    assert code_deps(stage) == closure_of(stage)
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in EXACT])
+def test_code_deps_cover_what_the_stage_imports_and_name_nothing_else(stage):
+    deps, closure = code_deps(stage), closure_of(stage)
+    covered = {dep: {name for name in closure if name == dep or name.startswith(f"{dep}/")} for dep in deps}
+    assert set().union(*covered.values()) == closure
+    assert [dep for dep, names in covered.items() if not names] == []
+
+
+def test_what_no_stage_depends_on_computes_nothing():
+    """Packages hold a docstring; the schema of params holds fields. A method's are watched by value, as all params."""
+    for name in NO_DEPS[:6]:
+        path = SOURCE.joinpath(*name.split("."), "__init__.py")
+        body = [node for node in ast.parse(path.read_text()).body if not isinstance(node, ast.Expr)]
+        assert all(isinstance(node, ast.Assign) for node in body), path
+    schema = ast.parse((SOURCE / "sdtrain" / "params" / "schema.py").read_text())
+    assert not [node.name for node in ast.walk(schema) if isinstance(node, ast.FunctionDef | ast.Lambda)]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_params_are_exactly_what_the_stage_reads(stage):
     expected = set()
-    for section in attributes_of(stage, "params") - {"model_dump"}:  # `train` records the whole tree
+    for section in sections_of(stage):
         fields = Params.model_fields[section].annotation
         neutral = NEUTRAL.get((stage, section), set())
         expected |= {f"{section}.{field}" for field in set(fields.model_fields) - neutral} if neutral else {section}
@@ -83,7 +110,7 @@ def test_paths_are_exactly_the_data_deps_and_outs(stage):
 
     spec = PIPELINE["stages"][stage]
     outs = {name for key in ("outs", "metrics", "plots") for name in names_in(spec.get(key, []))}
-    data = {dep for dep in spec["deps"] if not dep.endswith(".py") and "${" not in dep}
+    data = {dep for dep in spec["deps"] if dep not in code_deps(stage) and "${" not in dep}
     named = {getattr(paths, name).as_posix() for name in attributes_of(stage, "paths") - NOT_OUTS}
     assert named == outs | data
     keywords = {
@@ -93,16 +120,19 @@ def test_paths_are_exactly_the_data_deps_and_outs(stage):
         for keyword in node.keywords
         if isinstance(keyword.value, ast.Attribute) and getattr(paths, keyword.value.attr, Path()).as_posix() in outs
     }
-    inputs = {"base", "dataset", "latents", "checkpoints", "model"}
+    inputs = {"base", "dataset", "latents", "model"}
+    inputs |= {"checkpoints"} if stage != "train" else set()
     assert not keywords & inputs, "an out is handed to the library as an input"
 
 
 def test_sources_that_params_name_are_deps():
     assert "${base.path}" in PIPELINE["stages"]["base"]["deps"]
     assert "${dataset.path}" in PIPELINE["stages"]["dataset"]["deps"]
+    assert "${train.branch_from}" in PIPELINE["stages"]["train"]["deps"]
     params = load_params(ROOT / "params.yaml")
     assert (ROOT / params.base.path).is_dir()
     assert (ROOT / params.dataset.path).is_dir()
+    assert (ROOT / params.train.branch_from).is_dir()
 
 
 def test_every_stage_runs_its_own_script_and_nothing_else():
@@ -129,7 +159,7 @@ def test_layers():
 
 def test_only_params_reads_the_params_file():
     readers = {path.name for path in (ROOT / "src").rglob("*.py") if "import yaml" in path.read_text()}
-    assert readers == {"params.py"}
+    assert readers == {"load.py"}
 
 
 def test_light_stages_import_no_torch():

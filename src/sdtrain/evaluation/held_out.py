@@ -11,11 +11,11 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from sdtrain import randomness
-from sdtrain.batches import Batch
-from sdtrain.diffusion import add_noise, mid_bin_timesteps, to_epsilon
+from sdtrain.data.batches import Batch
+from sdtrain.data.shards import LatentShards
+from sdtrain.ground import randomness
+from sdtrain.ground.diffusion import add_noise, mid_bin_timesteps, to_epsilon
 from sdtrain.methods.method import Method
-from sdtrain.shards import LatentShards
 
 
 class HeldOut:

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sdtrain.errors import InputError
+from sdtrain.ground.errors import InputError
 from sdtrain.methods import finetune
 from sdtrain.methods.method import Method
 from sdtrain.models.parts import Parts
-from sdtrain.params import FinetuneParams, Section
+from sdtrain.params.schema import FinetuneParams, Section
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from pathlib import Path
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
-from sdtrain.batches import Batch
-from sdtrain.errors import InputError
+from sdtrain.data.batches import Batch
+from sdtrain.ground.errors import InputError
 from sdtrain.methods.method import denoising_loss, encode_text
 from sdtrain.models.parts import Parts, load_unet
 from sdtrain.models.pipelines import build_pipeline
-from sdtrain.params import FinetuneParams
+from sdtrain.params.schema import FinetuneParams
 
 
 class Finetune:

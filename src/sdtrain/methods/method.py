@@ -14,8 +14,8 @@ from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from sdtrain.batches import Batch
-from sdtrain.diffusion import Objective, add_noise, min_snr_weights, prediction_target
+from sdtrain.data.batches import Batch
+from sdtrain.ground.diffusion import Objective, add_noise, min_snr_weights, prediction_target
 
 LossPass = Callable[[nn.Module, Batch, Objective], dict[str, Tensor]]
 """From (`trained`, wrapped for several processes; a batch of B rows; the objective) to float32 values of each row,

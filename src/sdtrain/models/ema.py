@@ -7,7 +7,7 @@ import numpy as np
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from sdtrain.params import TrainParams
+from sdtrain.params.schema import TrainParams
 
 
 def build_ema(weights: Iterable[nn.Parameter], params: TrainParams) -> EMAModel | None:

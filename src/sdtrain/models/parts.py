@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DCon
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sdtrain.diffusion import PredictionType
-from sdtrain.errors import InputError
-from sdtrain.files import read_json
+from sdtrain.ground.diffusion import PredictionType
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import read_json
 
 
 @dataclass

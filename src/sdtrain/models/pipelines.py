@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from sdtrain.errors import InputError
+from sdtrain.ground.errors import InputError
 from sdtrain.models.parts import Parts, hide_progress_bars, pick_device
 
 

@@ -8,11 +8,11 @@ from pydantic import NonNegativeInt
 from torch import nn
 from torch.optim import Optimizer
 
-from sdtrain.checkpoints import is_checkpoint
-from sdtrain.errors import InputError
-from sdtrain.files import SEAL, check_sealed, read_json, sha256_file
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import SEAL, check_sealed, read_json, sha256_file
+from sdtrain.methods.checkpoints import is_checkpoint
 from sdtrain.methods.method import Method
-from sdtrain.params import TrainParams
+from sdtrain.params.schema import TrainParams
 from sdtrain.training.identity import describe, differences, fingerprint
 from sdtrain.training.states import Record, check_state, entries_in, load_state, read_head, read_record, set_average
 

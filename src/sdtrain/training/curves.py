@@ -16,9 +16,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdtrain.errors import InputError
-from sdtrain.files import write_text
-from sdtrain.params import TrainParams
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import write_text
+from sdtrain.params.schema import TrainParams
 from sdtrain.training.step import QUARTILES, SUMS, StepReport
 
 _SMOOTHING = 0.99

@@ -7,9 +7,9 @@ import torch
 from accelerate import Accelerator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdtrain.errors import InputError
-from sdtrain.machine import check_device, count_processes
-from sdtrain.params import TrainParams
+from sdtrain.ground.errors import InputError
+from sdtrain.params.machine import check_device, count_processes
+from sdtrain.params.schema import TrainParams
 
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

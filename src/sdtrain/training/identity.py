@@ -6,11 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sdtrain.evaluation import held_out
-from sdtrain.files import sha256_file, sha256_json
-from sdtrain.imports import SOURCE, import_closure
-from sdtrain.manifests import read_manifest
+from sdtrain.ground.files import sha256_file, sha256_json
+from sdtrain.ground.imports import SOURCE, import_closure
+from sdtrain.ground.manifests import read_manifest
 from sdtrain.methods import METHODS, method
-from sdtrain.params import Params
+from sdtrain.params.schema import Params
 from sdtrain.training import step
 from sdtrain.training.files import TrainFiles
 from sdtrain.training.optimizer import OPEN_ENDED
@@ -26,7 +26,7 @@ _IMAGES = {"prompts", "num_inference_steps", "guidance_scale", "batch_size"}
 """Drawn beside the run; and the split of the held-out loss."""
 
 
-_NOT_COMPUTING = ("sdtrain", "sdtrain.errors", "sdtrain.methods", "sdtrain.params*", "sdtrain.rules")
+_NOT_COMPUTING = ("sdtrain", "sdtrain.ground.errors", "sdtrain.methods", "sdtrain.params*")
 """The version; the exception; the table of all methods; and the schema of params, whose values are in the identity."""
 
 

@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from sdtrain.batches import Batch
-from sdtrain.diffusion import Objective
+from sdtrain.data.batches import Batch
+from sdtrain.ground.diffusion import Objective
 from sdtrain.methods import build_method
 from sdtrain.methods.method import Method, enable_gradient_checkpointing, trained_parameters
 from sdtrain.models.parts import Configs, meta_parts
-from sdtrain.params import Section, TrainParams
+from sdtrain.params.schema import Section, TrainParams
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The UNet's part of CUDA autocast's lists (ATen/autocast_mode.h); the CPU's autocast casts none of _IN_FP32.

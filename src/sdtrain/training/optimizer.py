@@ -9,9 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from sdtrain.errors import InputError
-from sdtrain.params import TrainParams
-from sdtrain.schedules import scaled_lr
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.schedules import scaled_lr
+from sdtrain.params.schema import TrainParams
 
 OPEN_ENDED = ("constant", "constant_with_warmup", "piecewise_constant")
 """Schedules whose rate at a step doesn't depend on the run's length, so that a run can be extended."""

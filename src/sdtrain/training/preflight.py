@@ -8,11 +8,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from sdtrain.errors import InputError
-from sdtrain.files import existing
+from sdtrain.data.shards import LatentShards, read_probe
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import existing
 from sdtrain.models.parts import read_configs
-from sdtrain.params import Params, PrecomputeParams
-from sdtrain.shards import LatentShards, read_probe
+from sdtrain.params.schema import Params, PrecomputeParams
 from sdtrain.training.memory import Costs, training_costs
 
 _STD_RANGE = (0.4, 2.5)

@@ -11,13 +11,13 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DDPMScheduler, SchedulerMixin
 from torch.optim.lr_scheduler import LRScheduler
 
-from sdtrain.diffusion import PredictionType
-from sdtrain.errors import InputError
+from sdtrain.data.shards import LatentShards
 from sdtrain.evaluation.held_out import HeldOut
-from sdtrain.machine import check_trackers
-from sdtrain.manifests import check_base_files, check_latent_files, encoders_fingerprint, read_manifest
-from sdtrain.params import Params
-from sdtrain.shards import LatentShards
+from sdtrain.ground.diffusion import PredictionType
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.manifests import check_base_files, check_latent_files, encoders_fingerprint, read_manifest
+from sdtrain.params.machine import check_trackers
+from sdtrain.params.schema import Params
 from sdtrain.training import preflight
 from sdtrain.training.curves import Curves
 from sdtrain.training.devices import build_accelerator

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from sdtrain.manifests import read_manifest
-from sdtrain.params import Params
+from sdtrain.ground.manifests import read_manifest
+from sdtrain.params.schema import Params
 from sdtrain.training import preflight
 from sdtrain.training.branching import Origin, find_origin
 from sdtrain.training.files import TrainFiles

@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from sdtrain.errors import InputError
-from sdtrain.files import (
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import (
     PARTIAL,
     SEAL,
     check_sealed,

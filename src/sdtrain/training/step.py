@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LRScheduler
 
-from sdtrain import randomness
-from sdtrain.batches import Batch
+from sdtrain.data.batches import Batch
+from sdtrain.ground import randomness
 from sdtrain.training.devices import attention
 from sdtrain.training.trainer import Trainer
 

@@ -8,16 +8,16 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim import Optimizer
 
-from sdtrain.batches import BatchMaker
-from sdtrain.diffusion import Objective
-from sdtrain.machine import check_device, count_micro_batches
-from sdtrain.manifests import encoders_fingerprint
+from sdtrain.data.batches import BatchMaker
+from sdtrain.data.shards import LatentShards
+from sdtrain.ground.diffusion import Objective
+from sdtrain.ground.manifests import encoders_fingerprint
 from sdtrain.methods import build_method
 from sdtrain.methods.method import Method, enable_gradient_checkpointing, trained_parameters
 from sdtrain.models.ema import build_ema
 from sdtrain.models.parts import Parts, load_parts, tokenize, training_scheduler
-from sdtrain.params import Params
-from sdtrain.shards import LatentShards
+from sdtrain.params.machine import check_device, count_micro_batches
+from sdtrain.params.schema import Params
 from sdtrain.training.files import TrainFiles
 from sdtrain.training.optimizer import build_optimizer
 

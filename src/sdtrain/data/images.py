@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
 
-from sdtrain import randomness
+from sdtrain.ground import randomness
 
 DAMAGED_EXIF = "EXIF is damaged"
 """What a kept picture's note begins with whose EXIF can't be read, or not be written back."""

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from sdtrain.batches import Batch, BatchMaker
-from sdtrain.errors import InputError
-from sdtrain.params import Params
+from sdtrain.data.batches import Batch, BatchMaker
+from sdtrain.ground.errors import InputError
+from sdtrain.params.schema import Params
 from sdtrain.training.devices import build_accelerator
 from sdtrain.training.files import TrainFiles
 from sdtrain.training.optimizer import build_lr_scheduler, peak_lr

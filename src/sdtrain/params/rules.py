@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from sdtrain.schedules import scaled_lr
+from sdtrain.ground.schedules import scaled_lr
 
 NEUTRAL = {
     "base.path": "data/builtin",

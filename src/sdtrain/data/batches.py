@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdtrain import randomness
-from sdtrain.params import TrainParams
-from sdtrain.shards import LatentShards
+from sdtrain.data.shards import LatentShards
+from sdtrain.ground import randomness
+from sdtrain.params.schema import TrainParams
 
 
 @dataclass(frozen=True)

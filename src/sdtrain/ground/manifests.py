@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
-from sdtrain.errors import InputError
-from sdtrain.files import check_files, check_hash, read_json, sha256_json
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import check_files, check_hash, read_json, sha256_json
 
 FORMATS = {"base": 1, "dataset": 1, "latents": 2}
 """Folder's kind: the version of its format that this code writes and reads."""

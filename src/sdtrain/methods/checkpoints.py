@@ -11,8 +11,8 @@ from pathlib import Path
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 
-from sdtrain.errors import InputError
-from sdtrain.files import check_sealed, new_folder, read_json, seal_folder, write_json
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import check_sealed, new_folder, read_json, seal_folder, write_json
 from sdtrain.methods import build_method, recorded_method
 from sdtrain.methods.method import Method, trained_parameters
 from sdtrain.models.ema import averaged

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdtrain.errors import InputError
-from sdtrain.params import Params, TrainParams, load_params
+from sdtrain.ground.errors import InputError
+from sdtrain.params.load import load_params
+from sdtrain.params.schema import Params, TrainParams
 
 _ON_CPU = ("auto", "flash", "math")
 """PyTorch's attention kernels that a CPU has."""

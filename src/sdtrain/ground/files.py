@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdtrain.errors import DiskFullError, InputError
+from sdtrain.ground.errors import DiskFullError, InputError
 
 PARTIAL = ".partial"
 """Suffix of what is being written or deleted."""

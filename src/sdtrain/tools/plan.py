@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from sdtrain.errors import InputError
-from sdtrain.machine import count_micro_batches, count_processes
-from sdtrain.manifests import read_manifest
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.manifests import read_manifest
 from sdtrain.models.parts import pick_device, read_configs
-from sdtrain.params import Params
+from sdtrain.params.machine import count_micro_batches, count_processes
+from sdtrain.params.schema import Params
 from sdtrain.training.devices import build_accelerator
 from sdtrain.training.files import TrainFiles
 from sdtrain.training.optimizer import build_lr_scheduler, check_warmup, count_steps, peak_lr

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdtrain.errors import InputError
-from sdtrain.manifests import read_manifest
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.manifests import read_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -35,8 +35,8 @@ from huggingface_hub.utils import httpx, parse_ratelimit_headers, silent_tqdm
 from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
-from sdtrain.errors import InputError
-from sdtrain.files import sha256_file
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import sha256_file
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile

@@ -15,9 +15,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtrain import hub, randomness, scenes
-from sdtrain.errors import InputError
-from sdtrain.params import DatasetParams
+from sdtrain.data import scenes
+from sdtrain.ground import hub, randomness
+from sdtrain.ground.errors import InputError
+from sdtrain.params.schema import DatasetParams
 
 if TYPE_CHECKING:
     import datasets

@@ -1,23 +1,15 @@
 """`params.yaml`, typed. Every field is declared, bounded and documented here, and nowhere else.
 
-`load_params` is the only reader of the file. It refuses every fault in one message, before any
-model loads. Code holds no second default: all keys must be present.
+It holds fields and nothing that computes: `load.py` reads the file, `rules.py` says what fields must fulfil together.
+Code holds no second default: all keys must be present.
 
 A field that says "only" is refused elsewhere unless it is null or as shipped (`NEUTRAL` in `rules.py`): no value that
 someone gave is ignored.
 """
 
-import difflib
-import re
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, StringConstraints, ValidationError
-from pydantic_core import ErrorDetails
-
-from sdtrain.errors import InputError
-from sdtrain.rules import RULES, View
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, StringConstraints
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -295,95 +287,3 @@ class Params(Section):
     export: ExportParams
     sample: SampleParams
     evaluate: EvaluateParams
-
-
-def load_params(path: Path) -> Params:
-    """Read and check a params file.
-
-    Raises:
-        InputError: one message that names every fault: key, value, what is wrong, nearest name.
-    """
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml12Loader)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run from the project's root") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from None
-    return check_params(tree, name=str(path))
-
-
-def check_params(tree: object, name: str = "params.yaml") -> Params:
-    """Type and check a tree of params as YAML gives it; raises as `load_params`."""
-    if not isinstance(tree, dict):
-        raise InputError(f"{name}: expected a mapping of sections, got {type(tree).__name__}")
-    params, details = None, []
-    try:
-        params = Params.model_validate(tree)
-    except ValidationError as error:
-        details = error.errors()
-    view = View(tree, faulty={tuple(map(str, detail["loc"]))[:2] for detail in details})
-    faults = [_describe(detail) for detail in details] + [fault for rule in RULES if (fault := view.ask(rule))]
-    if faults:
-        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise InputError("\n".join([f"{name} has {count}:", *(f"  {fault}" for fault in faults)]))
-    assert params is not None, "no fault, so the params are valid"
-    return params
-
-
-def _describe(detail: ErrorDetails) -> str:
-    """One fault in one line: `train.lrr = 0.1: unknown key; nearest is train.lr`."""
-    location = [str(part) for part in detail["loc"]]
-    key, value = ".".join(location), detail["input"]
-    if detail["type"] == "missing":
-        return f"{key}: missing; the shipped params.yaml shows every key"
-    if detail["type"] == "extra_forbidden":
-        return f"{key} = {value!r}: unknown key; {_nearest_key(location)}"
-    if detail["type"] == "literal_error":
-        allowed = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
-        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
-        hint = f"; nearest is {near[0]!r}" if near else ""
-        return f"{key} = {value!r}: must be one of {', '.join(map(repr, allowed))}{hint}"
-    return f"{key} = {value!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
-
-
-def _nearest_key(location: list[str]) -> str:
-    *parents, name = location
-    sections = {key: info.annotation.model_fields for key, info in Params.model_fields.items() if key != "seed"}
-    siblings = list(sections[parents[0]]) if parents else list(Params.model_fields)
-    near = difflib.get_close_matches(name, siblings, n=1)
-    elsewhere = [f"{key}.{name}" for key, fields in sections.items() if name in fields]
-    if near:
-        return f"nearest is {'.'.join([*parents, near[0]])}"
-    if elsewhere:
-        return f"nearest is {', '.join(elsewhere)}"
-    return f"there are {', '.join(siblings)}"
-
-
-class _Yaml12Loader(yaml.SafeLoader):
-    """PyYAML with YAML 1.2's core schema, as DVC writes it: `1e-05` is a float, `no` is a string.
-
-    A key given twice is refused instead of the last one winning silently.
-    """
-
-    yaml_implicit_resolvers: ClassVar[dict] = {}
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-):
-    _Yaml12Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-_Yaml12Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))

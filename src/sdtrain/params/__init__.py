@@ -1,0 +1,1 @@
+"""`params.yaml`: its fields, what they must fulfil together, and what they ask of the machine."""
