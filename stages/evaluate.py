@@ -9,6 +9,7 @@ def main() -> None:
     params = load_params(paths.PARAMS)
     evaluate_model(
         params.evaluate,
+        params.method,
         params.seed,
         base=paths.BASE,
         model=paths.MODEL,

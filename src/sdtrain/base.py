@@ -14,7 +14,7 @@ from pathlib import Path
 from sdtrain.ground import hub
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, read_json, sha256_file, write_json
-from sdtrain.ground.manifests import FORMATS
+from sdtrain.ground.manifests import BaseManifest
 from sdtrain.params.schema import BaseParams
 
 _PARTS = {
@@ -41,7 +41,7 @@ _PIPELINE = {
 }
 
 
-def resolve_base(params: BaseParams, seed: int, out: Path) -> dict:
+def resolve_base(params: BaseParams, seed: int, out: Path) -> BaseManifest:
     """Gather the base model in `out` and return its manifest.
 
     Raises:
@@ -68,8 +68,8 @@ def resolve_base(params: BaseParams, seed: int, out: Path) -> dict:
         check_fit(folder)
         write_json(folder / "model_index.json", {**_PIPELINE, "_diffusers_version": version("diffusers")})
         files = {str(p.relative_to(folder)): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-        manifest = {"format_version": FORMATS["base"], "sources": sources, "files": files}
-        write_json(folder / "manifest.json", manifest)
+        manifest = BaseManifest(sources=sources, files=files)
+        manifest.write(folder)
     return manifest
 
 

@@ -23,7 +23,7 @@ from sdtrain.data.sources import Candidate, open_source
 from sdtrain.ground import randomness
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import PARTIAL, new_folder, sha256_json, write_json
-from sdtrain.ground.manifests import FORMATS
+from sdtrain.ground.manifests import DatasetManifest, DatasetSplit
 from sdtrain.params.schema import DatasetParams
 
 
@@ -70,23 +70,24 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
         splits = {split: writer.close() for split, writer in writers.items()}
         reasons = dict(sorted(outcomes.items()))
         _must_have_pictures(splits, reasons, params)
-        manifest = {
-            "format_version": FORMATS["dataset"],
-            "source": source.record,
-            "splits": splits,
-            "dropped": reasons,
-            "noted": dict(sorted(notes.items())),
-            "fingerprint": sha256_json([FORMATS["dataset"], splits]),
-        }
-        write_json(folder / "manifest.json", manifest)
-        counts = {f"num_{split}": splits[split]["num_rows"] for split in SPLITS}
+        manifest = DatasetManifest(
+            source=source.record,
+            splits=splits,
+            dropped=reasons,
+            noted=dict(sorted(notes.items())),
+            fingerprint=sha256_json(
+                [DatasetManifest.VERSION, {name: split.model_dump() for name, split in splits.items()}]
+            ),
+        )
+        manifest.write(folder)
+        counts = {f"num_{split}": splits[split].num_rows for split in SPLITS}
         counts["num_dropped"] = sum(reasons.values())
         counts = {"num_inputs": sum(counts.values()), **counts, "num_damaged_exif": notes[DAMAGED_EXIF]}
         write_json(metrics, counts)
     print(
         f"{counts['num_inputs']} inputs: {counts['num_train']} train, {counts['num_validation']} held out, "
         f"{counts['num_dropped']} dropped {reasons or ''}"
-        + (f"; kept all the same: {manifest['noted']}, see {out / 'inputs.csv'}" if notes else "")
+        + (f"; kept all the same: {manifest.noted}, see {out / 'inputs.csv'}" if notes else "")
     )
 
 
@@ -107,12 +108,12 @@ def _scratch_folder(out: Path) -> Iterator[str]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _must_have_pictures(splits: dict, reasons: dict, params: DatasetParams) -> None:
-    kept = sum(split["num_rows"] for split in splits.values())
+def _must_have_pictures(splits: dict[str, DatasetSplit], reasons: dict, params: DatasetParams) -> None:
+    kept = sum(split.num_rows for split in splits.values())
     if not kept:
         raise InputError(f"dataset.source = '{params.source}': no usable picture; dropped: {reasons or 'none found'}")
     for split in SPLITS:
-        if not splits[split]["num_rows"]:
+        if not splits[split].num_rows:
             way = "raise" if split == "validation" else "lower"
             raise InputError(
                 f"dataset.validation_fraction = {params.validation_fraction}: leaves no {split} picture "

@@ -9,10 +9,10 @@ from sdtrain.data.shards import LatentShards
 from sdtrain.evaluation.held_out import HeldOut
 from sdtrain.evaluation.prompt_accuracy import prompt_accuracy
 from sdtrain.ground import randomness
-from sdtrain.ground.files import read_json, write_json, write_text
-from sdtrain.ground.manifests import encoders_fingerprint, read_manifest
+from sdtrain.ground.files import write_json, write_text
+from sdtrain.ground.manifests import DatasetManifest, encoders_fingerprint
 from sdtrain.ground.statistics import bootstrap_interval
-from sdtrain.methods import build_method, recorded_method
+from sdtrain.methods import build_method
 from sdtrain.models.parts import parts_of
 from sdtrain.models.pipelines import load_pipeline
 from sdtrain.params.schema import EvaluateParams, Section
@@ -20,6 +20,7 @@ from sdtrain.params.schema import EvaluateParams, Section
 
 def evaluate_model(
     params: EvaluateParams,
+    method: Section,
     seed: int,
     base: Path,
     model: Path,
@@ -31,16 +32,17 @@ def evaluate_model(
 ) -> None:
     """Compare the `model` with its `base`.
 
+    `method` is the section of params.yaml by which the model was trained.
+
     Writes flat numbers to `metrics`; the held-out loss by timestep to `loss_table`; and for generated
     scenes the accuracy by kind of prompt and field to `accuracy_table` (else a table without rows).
     """
     pipelines = {"base": load_pipeline(base), "trained": load_pipeline(model)}
-    method = recorded_method(read_json(model / "training_config.json")["params"]["method"])
     shards = LatentShards(latents, "validation", encoders_fingerprint(base))
     numbers, table = _held_out_loss(params, seed, method, pipelines, shards)
     write_text(loss_table, table.to_csv(index=False, lineterminator="\n"))
     rows = []
-    if "generated" in read_manifest(dataset, "dataset")["source"]:
+    if "generated" in DatasetManifest.read(dataset).source:
         rows = prompt_accuracy(params, seed, pipelines)
         numbers |= {f"{row['prompts']}_{row['field']}_accuracy_{row['model']}": row["accuracy"] for row in rows}
         numbers["num_prompts"] = params.num_prompts

@@ -19,7 +19,7 @@ from sdtrain.data.images import decode_rgb, square_pixels
 from sdtrain.data.shards import NUM_PROBES, PROBE, SPLITS, read_dataset
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, sha256_file, sha256_json, write_json
-from sdtrain.ground.manifests import FORMATS, encoders_fingerprint, read_manifest
+from sdtrain.ground.manifests import DatasetManifest, LatentsManifest, Shard, encoders_fingerprint
 from sdtrain.models.parts import load_tokenizer, load_vae, pick_device, tokenize, vae_factor
 from sdtrain.params.schema import PrecomputeParams
 
@@ -34,7 +34,7 @@ def precompute_latents(
     Raises:
         InputError: the resolution doesn't suit the VAE, or an encoding isn't finite.
     """
-    manifest = read_manifest(dataset, "dataset")
+    manifest = DatasetManifest.read(dataset)
     fingerprint = encoders_fingerprint(base)
     vae, tokenizer, device = load_vae(base), load_tokenizer(base), pick_device()
     factor = vae_factor(vae.config.block_out_channels)
@@ -48,12 +48,12 @@ def precompute_latents(
     max_token_id = 0
     counts = {"num_truncated_captions": 0, "num_upscaled": 0}
     statistics = _Statistics(vae.config.scaling_factor)
-    splits: dict[str, list[dict]] = {}
+    splits: dict[str, list[Shard]] = {}
     with new_folder(out) as folder:
         for split in SPLITS:
             rows, splits[split] = read_dataset(dataset, split), []
             progress = tqdm(
-                total=manifest["splits"][split]["num_rows"], desc=f"precompute {split}", unit="picture", disable=None
+                total=manifest.splits[split].num_rows, desc=f"precompute {split}", unit="picture", disable=None
             )
             while shard := list(islice(rows, _SHARD_ROWS)):
                 tensors = _encode_shard(params, seed, shard, vae, device, progress)
@@ -66,24 +66,22 @@ def precompute_latents(
                 counts["num_upscaled"] += sum(min(row["width"], row["height"]) < params.resolution for row in shard)
                 name = f"{split}-{len(splits[split]):05}.safetensors"
                 save_file(tensors, folder / name, metadata={"ids": json.dumps([row["id"] for row in shard])})
-                splits[split].append({"file": name, "num_rows": len(shard), "sha256": sha256_file(folder / name)})
+                splits[split].append(Shard(file=name, num_rows=len(shard), sha256=sha256_file(folder / name)))
                 if split == "validation" and len(splits[split]) == 1:
                     pixels = _pixels(params, seed, shard[:NUM_PROBES])
                     save_file({"pixels": torch.from_numpy(pixels).contiguous()}, folder / PROBE)
             progress.close()
-        inputs = {"encoders": fingerprint, "dataset": manifest["fingerprint"], "seed": seed}
+        inputs = {"encoders": fingerprint, "dataset": manifest.fingerprint, "seed": seed}
         settings = params.model_dump(exclude={"batch_size"})
-        summary = {
-            "format_version": FORMATS["latents"],
-            "encoders_fingerprint": fingerprint,
-            "fingerprint": sha256_json([FORMATS["latents"], inputs, settings]),
-            "params": settings,
-            "seed": seed,
-            "max_token_id": max_token_id,
-            "shape": statistics.shape,
-            "splits": splits,
-        }
-        write_json(folder / "manifest.json", summary)
+        LatentsManifest(
+            encoders_fingerprint=fingerprint,
+            fingerprint=sha256_json([LatentsManifest.VERSION, inputs, settings]),
+            params=settings,
+            seed=seed,
+            max_token_id=max_token_id,
+            shape=tuple(statistics.shape),
+            splits=splits,
+        ).write(folder)
         report = {**counts, "latents_mean": statistics.mean, "latents_std": statistics.std}
         write_json(metrics, report)
     print(

@@ -54,7 +54,9 @@ def test_an_export_that_differs_from_the_checkpoint_is_not_kept(workspace, run, 
         save_file(tensors, path, metadata={"format": "pt"})
 
     monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", save_wrongly)
-    with pytest.raises(AssertionError, match="differs from the checkpoint's by"):
+    with pytest.raises(
+        AssertionError, match="the exported unet differs from the checkpoint's in 1 tensors, e.g. conv_out.bias"
+    ):
         export_model(workspace.make_params().export, workspace.base, run.checkpoints, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -113,7 +115,7 @@ def test_grid_puts_each_picture_in_its_place():
 def test_evaluate_writes_the_numbers_with_their_counts(workspace, model, tmp_path):
     params = workspace.make_params().evaluate
     evaluate_model(
-        params, 0, base=workspace.base, model=model, dataset=workspace.dataset, latents=workspace.latents,
+        params, workspace.make_params().method, 0, base=workspace.base, model=model, dataset=workspace.dataset, latents=workspace.latents,
         metrics=tmp_path / "e.json", loss_table=tmp_path / "loss.csv", accuracy_table=tmp_path / "accuracy.csv",
     )  # fmt: skip
     numbers = json.loads((tmp_path / "e.json").read_text())
@@ -126,7 +128,7 @@ def test_evaluate_writes_the_numbers_with_their_counts(workspace, model, tmp_pat
 
 def test_a_model_equal_to_its_base_gains_exactly_nothing(workspace, tmp_path):
     evaluate_model(
-        workspace.make_params().evaluate, 0, base=workspace.base, model=workspace.base, dataset=workspace.dataset,
+        workspace.make_params().evaluate, workspace.make_params().method, 0, base=workspace.base, model=workspace.base, dataset=workspace.dataset,
         latents=workspace.latents, metrics=tmp_path / "e.json", loss_table=tmp_path / "l.csv",
         accuracy_table=tmp_path / "a.csv",
     )  # fmt: skip

@@ -138,7 +138,7 @@ def test_it_is_exported_and_evaluated(workspace, latents, whole, tmp_path):
     from sdtrain.evaluate import evaluate_model
 
     evaluate_model(
-        params.evaluate.model_copy(update={"max_samples": params.validation.max_samples}), 0,
+        params.evaluate.model_copy(update={"max_samples": params.validation.max_samples}), params.method, 0,
         base=workspace.base, model=tmp_path / "model", dataset=workspace.dataset, latents=latents,
         metrics=tmp_path / "e.json", loss_table=tmp_path / "loss.csv", accuracy_table=tmp_path / "accuracy.csv",
     )  # fmt: skip

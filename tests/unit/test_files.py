@@ -5,7 +5,7 @@ import pytest
 
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, read_json, sha256_file, sha256_json, write_json, write_text
-from sdtrain.ground.manifests import FORMATS, encoders_fingerprint, read_manifest
+from sdtrain.ground.manifests import BaseManifest, DatasetManifest, LatentsManifest, encoders_fingerprint
 from sdtrain.ground.statistics import bootstrap_interval, wilson_interval
 
 
@@ -89,29 +89,34 @@ def test_hashes_of_known_bytes(tmp_path):
     assert sha256_json({"b": None, "a": [1, 2]}) == "f25109c4111335e4a32d49373585e7a788ff5b10e70023f7004b170e7f84716a"
 
 
-def test_read_manifest(tmp_path):
-    write_json(tmp_path / "manifest.json", {"format_version": FORMATS["dataset"], "splits": {}})
-    assert read_manifest(tmp_path, "dataset")["splits"] == {}
+BASE = BaseManifest(sources=[{"path": "a", "parts": ["unet"]}], files={"unet/c": "3"})
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("base", "base"), ("dataset", "dataset"), ("latents", "precompute")])
+def test_a_manifest_reads_as_it_was_written(tmp_path):
+    BASE.write(tmp_path)
+    assert BaseManifest.read(tmp_path) == BASE
+    assert read_json(tmp_path / "manifest.json")["format_version"] == BaseManifest.VERSION
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage"), [(BaseManifest, "base"), (DatasetManifest, "dataset"), (LatentsManifest, "precompute")]
+)
 def test_missing_manifest_names_the_stage_to_run(tmp_path, kind, stage):
     with pytest.raises(InputError, match=f"{tmp_path.name} has no manifest.json; run `dvc repro {stage}`"):
-        read_manifest(tmp_path, kind)
+        kind.read(tmp_path)
 
 
 @pytest.mark.parametrize("version", [0, 99, None])
 def test_manifest_of_another_format_names_both_versions(tmp_path, version):
     write_json(tmp_path / "manifest.json", {"format_version": version})
     with pytest.raises(InputError, match=rf"format_version {version}, this code reads 2; run `dvc repro precompute`"):
-        read_manifest(tmp_path, "latents")
+        LatentsManifest.read(tmp_path)
 
 
 def test_encoders_fingerprint_changes_with_vae_and_tokenizer_only(tmp_path):
     def fingerprint(**changes) -> str:
         files = {"vae/a": "1", "tokenizer/b": "2", "unet/c": "3", "text_encoder/d": "4"}
-        manifest = {"format_version": FORMATS["base"], "sources": [], "files": files | changes}
-        write_json(tmp_path / "manifest.json", manifest)
+        BaseManifest(sources=[], files=files | changes).write(tmp_path)
         return encoders_fingerprint(tmp_path)
 
     same = fingerprint()

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.manifests import read_manifest
+from sdtrain.ground.manifests import DatasetManifest, DatasetSplit, LatentsManifest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,12 +65,12 @@ class DatasetWriter:
         if len(self._rows) == _BATCH_ROWS:
             self._flush()
 
-    def close(self) -> dict:
+    def close(self) -> DatasetSplit:
         """Finish the last shard; the split's entry in the manifest."""
         self._flush()
         if self._file:
             self._file.close()
-        return {"num_rows": self.num_rows, "num_shards": self._num_shards, "ids_sha256": self._hash.hexdigest()}
+        return DatasetSplit(num_rows=self.num_rows, num_shards=self._num_shards, ids_sha256=self._hash.hexdigest())
 
     def _flush(self) -> None:
         if not self._rows:
@@ -89,7 +89,7 @@ class DatasetWriter:
 
 def read_dataset(folder: Path, split: str) -> Iterator[dict]:
     """Stream one split's rows in order."""
-    for shard in range(read_manifest(folder, "dataset")["splits"][split]["num_shards"]):
+    for shard in range(DatasetManifest.read(folder).splits[split].num_shards):
         for batch in pq.ParquetFile(folder / f"{split}-{shard:05}.parquet").iter_batches(batch_size=_BATCH_ROWS):
             yield from batch.to_pylist()
 
@@ -103,24 +103,24 @@ class LatentShards:
     """
 
     def __init__(self, folder: Path, split: str, encoders_fingerprint: str) -> None:
-        self.folder, self.manifest = folder, read_manifest(folder, "latents")
-        if self.manifest["encoders_fingerprint"] != encoders_fingerprint:
+        self.folder, self.manifest = folder, LatentsManifest.read(folder)
+        if self.manifest.encoders_fingerprint != encoders_fingerprint:
             raise InputError(
                 f"{folder} was encoded by another base model (VAE and tokenizer "
-                f"{self.manifest['encoders_fingerprint'][:12]}, the base's are {encoders_fingerprint[:12]}); "
+                f"{self.manifest.encoders_fingerprint[:12]}, the base's are {encoders_fingerprint[:12]}); "
                 "run `dvc repro precompute`"
             )
-        shards = self.manifest["splits"][split]
-        self._files = [_open(folder / shard["file"]) for shard in shards]
-        self._starts = list(itertools.accumulate((shard["num_rows"] for shard in shards), initial=0))
+        shards = self.manifest.splits[split]
+        self._files = [_open(folder / shard.file) for shard in shards]
+        self._starts = list(itertools.accumulate((shard.num_rows for shard in shards), initial=0))
         self._columns = frozenset(self._files[0].keys()) if shards else frozenset()
-        self.has_flipped = bool(shards) and self.manifest["params"].get("random_flip", False)
+        self.has_flipped = bool(shards) and self.manifest.params.get("random_flip", False)
         for shard, file in zip(shards, self._files, strict=True):
-            self._check(folder / shard["file"], file, shard["num_rows"])
+            self._check(folder / shard.file, file, shard.num_rows)
 
     def _check(self, path: Path, file, num_rows: int) -> None:
         latents = [name + suffix for suffix in ("", "_flipped")[: 1 + self.has_flipped] for name in ("mean", "logvar")]
-        expected = {name: [num_rows, *self.manifest["shape"]] for name in latents}
+        expected = {name: [num_rows, *self.manifest.shape] for name in latents}
         found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         for name, shape in {**expected, "input_ids": [num_rows, *found.get("input_ids", [0, 0])[1:]]}.items():
             if found.get(name) != shape:

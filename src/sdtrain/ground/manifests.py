@@ -5,80 +5,126 @@ it before it trusts the folder.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.files import check_files, check_hash, read_json, sha256_json
+from sdtrain.ground.files import check_files, check_hash, read_json, sha256_json, write_json
 
-FORMATS = {"base": 1, "dataset": 1, "latents": 2}
-"""Folder's kind: the version of its format that this code writes and reads."""
-_STAGES = {"base": "base", "dataset": "dataset", "latents": "precompute"}
+_NAME = "manifest.json"
 _MAX_HASHED_BYTES = 8 * 2**30
 """Of a latent cache: up to here its shards are read and hashed before a run, in some 10 s; beyond, only their heads."""
 
 
-class _Manifest(BaseModel):
-    model_config = ConfigDict(strict=True)
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-class _Base(_Manifest):
-    sources: list[dict]
+class Manifest(_Record):
+    """A folder's manifest. `format_version` is that of the format which this code writes and reads."""
+
+    VERSION: ClassVar[int]
+    STAGE: ClassVar[str]
+    """Which writes the folder."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The manifest of a folder of this kind.
+
+        Raises:
+            InputError: the folder or its manifest is missing, broken, or of another format than this code reads.
+        """
+        path, again = folder / _NAME, f"run `dvc repro {cls.STAGE}`"
+        if not path.exists():
+            raise InputError(f"{folder} has no {_NAME}; {again}")
+        try:
+            tree = read_json(path)
+        except InputError as fault:
+            raise InputError(f"{fault}; {again}") from None
+        if not isinstance(tree, dict):
+            raise InputError(f"{path}: is a {type(tree).__name__}, not an object; {again}")
+        if tree.get("format_version") != cls.VERSION:
+            found = tree.get("format_version")
+            raise InputError(f"{path}: format_version {found}, this code reads {cls.VERSION}; {again}")
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise InputError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}; {again}") from None
+
+    def write(self, folder: Path) -> None:
+        """Write it to the folder that it describes."""
+        write_json(folder / _NAME, self.model_dump(mode="json"))
+
+
+class BaseManifest(Manifest):
+    """Of `data/base`."""
+
+    VERSION, STAGE = 1, "base"
+
+    format_version: Literal[1] = 1
+    sources: list[dict[str, Any]]
+    """Where each part comes from."""
     files: dict[str, str]
+    """SHA-256 by name."""
+
+    @property
+    def is_from_scratch(self) -> bool:
+        """Whether the UNet has never been trained."""
+        return any("unet_config" in source for source in self.sources)
 
 
-class _Dataset(_Manifest):
-    splits: dict[str, dict]
+class DatasetSplit(_Record):
+    """A split's parquet shards."""
+
+    num_rows: NonNegativeInt
+    num_shards: NonNegativeInt
+    ids_sha256: str
 
 
-class _Shard(_Manifest):
+class DatasetManifest(Manifest):
+    """Of `data/dataset`."""
+
+    VERSION, STAGE = 1, "dataset"
+
+    format_version: Literal[1] = 1
+    source: dict[str, Any]
+    splits: dict[Literal["train", "validation"], DatasetSplit]
+    dropped: dict[str, PositiveInt]
+    """Inputs that aren't among the rows, by reason."""
+    noted: dict[str, PositiveInt]
+    """Rows with something to know about them, by what it is."""
+    fingerprint: str
+
+
+class Shard(_Record):
+    """One file of latents."""
+
     file: str
     num_rows: NonNegativeInt
     sha256: str
 
 
-class _Splits(_Manifest):
-    train: list[_Shard]
-    validation: list[_Shard]
+class LatentsManifest(Manifest):
+    """Of `data/latents`."""
 
+    VERSION, STAGE = 2, "precompute"
 
-class _Latents(_Manifest):
+    format_version: Literal[2] = 2
     encoders_fingerprint: str
+    fingerprint: str
     params: dict[str, Any]
-    seed: int
+    """The section `precompute` that it was made with."""
+    seed: NonNegativeInt
     max_token_id: NonNegativeInt
     shape: tuple[PositiveInt, PositiveInt, PositiveInt]
-    splits: _Splits
+    """Channels, height and width of a latent."""
+    splits: dict[Literal["train", "validation"], list[Shard]]
 
-
-_RECORDS = {"base": _Base, "dataset": _Dataset, "latents": _Latents}
-
-
-def read_manifest(folder: Path, kind: str) -> dict:
-    """The manifest of a folder of the given kind.
-
-    Raises:
-        InputError: the folder or its manifest is missing, broken, or of another format than this code reads.
-    """
-    path, again = folder / "manifest.json", f"run `dvc repro {_STAGES[kind]}`"
-    if not path.exists():
-        raise InputError(f"{folder} has no manifest.json; {again}")
-    try:
-        manifest = read_json(path)
-    except InputError as fault:
-        raise InputError(f"{fault}; {again}") from None
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path}: is a {type(manifest).__name__}, not an object; {again}")
-    if manifest.get("format_version") != FORMATS[kind]:
-        found = manifest.get("format_version")
-        raise InputError(f"{path}: format_version {found}, this code reads {FORMATS[kind]}; {again}")
-    try:
-        _RECORDS[kind].model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise InputError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}; {again}") from None
-    return manifest
+    def num_rows(self, split: str) -> int:
+        """Images of a split."""
+        return sum(shard.num_rows for shard in self.splits[split])
 
 
 def check_base_files(base: Path) -> None:
@@ -88,9 +134,9 @@ def check_base_files(base: Path) -> None:
         InputError: names the file that is missing, changed or new.
     """
     try:
-        check_files(base, read_manifest(base, "base")["files"], "manifest.json")
+        check_files(base, BaseManifest.read(base).files, _NAME)
     except InputError as fault:
-        raise InputError(f"{fault}; {_remedy(base, 'base')}") from None
+        raise InputError(f"{fault}; {_remedy(base, BaseManifest)}") from None
 
 
 def check_latent_files(latents: Path) -> None:
@@ -99,25 +145,25 @@ def check_latent_files(latents: Path) -> None:
     Raises:
         InputError: names the shard that is missing or changed.
     """
-    shards = [shard for split in read_manifest(latents, "latents")["splits"].values() for shard in split]
+    shards = [shard for split in LatentsManifest.read(latents).splits.values() for shard in split]
     try:
-        num_bytes = sum((latents / shard["file"]).stat().st_size for shard in shards)
+        num_bytes = sum((latents / shard.file).stat().st_size for shard in shards)
         if num_bytes > _MAX_HASHED_BYTES:
             print(f"{latents}: {num_bytes / 2**30:.0f} GiB of shards, whose heads are checked but not their hashes")
             return
         for shard in shards:
-            check_hash(latents / shard["file"], shard["sha256"], "manifest.json")
+            check_hash(latents / shard.file, shard.sha256, _NAME)
     except InputError as fault:
-        raise InputError(f"{fault}; {_remedy(latents, 'latents')}") from None
+        raise InputError(f"{fault}; {_remedy(latents, LatentsManifest)}") from None
     except FileNotFoundError as error:
-        raise InputError(f"{error.filename} is missing; {_remedy(latents, 'latents')}") from None
+        raise InputError(f"{error.filename} is missing; {_remedy(latents, LatentsManifest)}") from None
 
 
 def encoders_fingerprint(base: Path) -> str:
     """SHA-256 of what a latent cache depends on: the VAE's and the tokenizer's files."""
-    files = read_manifest(base, "base")["files"]
+    files = BaseManifest.read(base).files
     return sha256_json({name: digest for name, digest in files.items() if name.startswith(("vae/", "tokenizer/"))})
 
 
-def _remedy(folder: Path, kind: str) -> str:
-    return f"restore it with `dvc checkout {folder}`, or run `dvc repro --force --single-item {_STAGES[kind]}`"
+def _remedy(folder: Path, kind: type[Manifest]) -> str:
+    return f"restore it with `dvc checkout {folder}`, or run `dvc repro --force --single-item {kind.STAGE}`"

@@ -8,7 +8,7 @@ from pathlib import Path
 from sdtrain.evaluation import held_out
 from sdtrain.ground.files import sha256_file, sha256_json
 from sdtrain.ground.imports import SOURCE, import_closure
-from sdtrain.ground.manifests import read_manifest
+from sdtrain.ground.manifests import BaseManifest, LatentsManifest
 from sdtrain.methods import METHODS, method
 from sdtrain.params.schema import Params
 from sdtrain.training import step
@@ -38,8 +38,8 @@ def training_identity(params: Params, files: TrainFiles, num_steps: int, origin:
         "train": params.train.model_dump(exclude=_CONTINUATION | _SPLIT | _LENGTH),
         "validation": params.validation.model_dump(exclude=_IMAGES),
         "num_steps": None if params.train.lr_scheduler in OPEN_ENDED else num_steps,
-        "base": sha256_json(read_manifest(files.base, "base")["files"]),
-        "latents": sha256_json(read_manifest(files.latents, "latents")),
+        "base": sha256_json(BaseManifest.read(files.base).files),
+        "latents": sha256_json(LatentsManifest.read(files.latents).model_dump(mode="json")),
         "code": code_hashes(params.method.name),
         "libraries": library_versions(),
         "origin": origin,

@@ -11,6 +11,7 @@ from torch import Tensor
 from sdtrain.data.shards import LatentShards, read_probe
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import existing
+from sdtrain.ground.manifests import LatentsManifest
 from sdtrain.models.parts import read_configs
 from sdtrain.params.schema import Params, PrecomputeParams
 from sdtrain.training.memory import Costs, training_costs
@@ -32,14 +33,14 @@ def estimate_costs(params: Params, base: Path, latent_shape: tuple[int, int, int
     return training_costs(read_configs(base), params.method, params.train, latent_shape)
 
 
-def check_cache(manifest: dict, precompute: PrecomputeParams, seed: int, latents: Path) -> None:
+def check_cache(manifest: LatentsManifest, precompute: PrecomputeParams, seed: int, latents: Path) -> None:
     """The latent cache was made with these params.
 
     Raises:
         InputError: names what differs.
     """
     ours = {**precompute.model_dump(exclude={"batch_size"}), "seed": seed}
-    theirs = {**manifest["params"], "seed": manifest["seed"]}
+    theirs = {**manifest.params, "seed": manifest.seed}
     for name, value in ours.items():
         if theirs.get(name) != value:
             key = name if name == "seed" else f"precompute.{name}"
@@ -49,15 +50,15 @@ def check_cache(manifest: dict, precompute: PrecomputeParams, seed: int, latents
             )
 
 
-def check_tokens(manifest: dict, vocabulary_size: int, latents: Path) -> None:
+def check_tokens(manifest: LatentsManifest, vocabulary_size: int, latents: Path) -> None:
     """No token id lies outside the text encoder's vocabulary.
 
     Raises:
         InputError: gives the largest id and the vocabulary's size.
     """
-    if manifest["max_token_id"] >= vocabulary_size:
+    if manifest.max_token_id >= vocabulary_size:
         raise InputError(
-            f"{latents} holds token id {manifest['max_token_id']}, the text encoder knows 0 to {vocabulary_size - 1}: "
+            f"{latents} holds token id {manifest.max_token_id}, the text encoder knows 0 to {vocabulary_size - 1}: "
             "tokenizer and text encoder don't belong together; set base.text_encoder_repo, then `dvc repro`"
         )
 

@@ -15,7 +15,7 @@ from sdtrain.data.shards import LatentShards
 from sdtrain.evaluation.held_out import HeldOut
 from sdtrain.ground.diffusion import PredictionType
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.manifests import check_base_files, check_latent_files, encoders_fingerprint, read_manifest
+from sdtrain.ground.manifests import BaseManifest, check_base_files, check_latent_files, encoders_fingerprint
 from sdtrain.params.machine import check_trackers
 from sdtrain.params.schema import Params
 from sdtrain.training import preflight
@@ -161,7 +161,7 @@ def _held_out_shards(spec: RunSpec) -> LatentShards:
 def _check(spec: RunSpec, trainer: Trainer, store: StateStore) -> Costs:
     """Check all that can be checked before the first step; make room for saved states. What the run needs."""
     train, files, accelerator = spec.params.train, spec.files, trainer.accelerator
-    costs = preflight.estimate_costs(spec.params, files.base, tuple(spec.cache["shape"]))
+    costs = preflight.estimate_costs(spec.params, files.base, spec.cache.shape)
     preflight.check_tokens(spec.cache, trainer.parts.text_encoder.config.vocab_size, files.latents)
     preflight.check_memory(costs, accelerator.device)
     first = trainer.batches.make(0, range(min(train.batch_size, 64)), accelerator.device)
@@ -226,8 +226,9 @@ def _check_base(spec: RunSpec, trainer: Trainer, held_out: HeldOut) -> list[floa
         scheduler = DDPMScheduler.from_config(base_scheduler.config, prediction_type=prediction_type)
         losses[prediction_type] = held_out_losses(trainer, held_out, scheduler)
     means = {name: sum(values) / len(values) for name, values in losses.items()}
-    from_scratch = any("unet_config" in source for source in read_manifest(spec.files.base, "base")["sources"])
-    preflight.check_base_loss(means, base_scheduler.config.prediction_type, from_scratch)
+    preflight.check_base_loss(
+        means, base_scheduler.config.prediction_type, BaseManifest.read(spec.files.base).is_from_scratch
+    )
     return losses[base_scheduler.config.prediction_type]
 
 
@@ -242,7 +243,7 @@ def _open(
     train, accelerator = spec.params.train, trainer.accelerator
     first_step = head.step if head else spec.origin.step if spec.origin else 0
     name = head.run_name if head else f"{datetime.now():%Y%m%d-%H%M%S}-{os.environ.get('DVC_EXP_NAME') or 'repro'}"
-    shape, num_train_timesteps = tuple(spec.cache["shape"]), len(trainer.objective.alphas_cumprod)
+    shape, num_train_timesteps = spec.cache.shape, len(trainer.objective.alphas_cumprod)
     restored = head.log if head else None
     progress = {"first_step": first_step, "num_steps": spec.num_steps, "resumed": head is not None}
     run = Run(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sdtrain.ground.manifests import read_manifest
+from sdtrain.ground.manifests import LatentsManifest
 from sdtrain.params.schema import Params
 from sdtrain.training import preflight
 from sdtrain.training.branching import Origin, find_origin
@@ -17,8 +17,7 @@ class RunSpec:
 
     params: Params
     files: TrainFiles
-    cache: dict
-    """Manifest of the latent cache."""
+    cache: LatentsManifest
     num_train: int
     """Images to train on."""
     num_steps: int
@@ -43,9 +42,9 @@ def read_spec(params: Params, files: TrainFiles) -> RunSpec:
         InputError: base or cache is missing, the cache was made with other params, the warm-up outlasts the schedule,
             or the run can't branch from where `train.branch_from` says.
     """
-    train, cache = params.train, read_manifest(files.latents, "latents")
+    train, cache = params.train, LatentsManifest.read(files.latents)
     preflight.check_cache(cache, params.precompute, params.seed, files.latents)
-    num_train = sum(shard["num_rows"] for shard in cache["splits"]["train"])
+    num_train = cache.num_rows("train")
     num_steps = count_steps(train, num_train)
     origin = find_origin(train, files.checkpoints, num_steps)
     schedule_start = origin.step if origin and "scheduler" in origin.reset else 0
