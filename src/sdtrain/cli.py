@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     command = commands.add_parser("plan", help="say what a params file will do, without training")
     _add_places(command)
+    command.add_argument("--dataset", type=Path, default="data/dataset", help="checked images (%(default)s)")
     command.add_argument("--time-steps", type=_positive, default=0, help="train this many steps to tell the time")
     command.set_defaults(run=_plan)
 
@@ -106,9 +107,7 @@ def _plan(options: argparse.Namespace) -> None:
     from sdtrain.tools.plan import plan_run
 
     params = load_params(options.params)
-    if not options.base.exists() and params.base.source == "local":
-        options.base = Path(params.base.path)
-    for line in plan_run(params, _files(options), options.time_steps):
+    for line in plan_run(params, _files(options), options.dataset, options.time_steps):
         print(line)
 
 

@@ -26,7 +26,7 @@ class Answer:
 
 
 class HubClient:
-    """A process that calls `resolve_base` and `build_dataset` with the shipped params and some changes."""
+    """A process that calls `resolve_base` and `build_dataset` with the shipped params and some changes, and plans."""
 
     def __init__(self, endpoint: str, home: Path, **environment: str) -> None:
         outside = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
@@ -60,6 +60,10 @@ class HubClient:
         """Call `build_dataset` with the `dataset` section so changed, into `out` and `out.json`."""
         return self._call({"section": "dataset", "changes": changes, "out": str(out)})
 
+    def plan(self, folder: Path) -> Answer:
+        """Run `sdtrain plan` in a project's folder."""
+        return self._call({"section": "plan", "folder": str(folder)})
+
     def _call(self, call: dict) -> Answer:
         self._process.stdin.write(json.dumps(call) + "\n")
         self._process.stdin.flush()
@@ -70,7 +74,21 @@ class HubClient:
         return Answer(answer["error"], answer["printed"])
 
 
+def _plan(folder: str) -> None:
+    from sdtrain.cli import main
+    from sdtrain.ground.errors import InputError
+
+    os.chdir(folder)
+    try:
+        main(["plan"])
+    except SystemExit as refusal:
+        raise InputError(str(refusal)) from None
+
+
 def _run(call: dict) -> None:
+    if call["section"] == "plan":
+        _plan(call["folder"])
+        return
     from sdtrain.base import resolve_base
     from sdtrain.dataset import build_dataset
     from sdtrain.params.load import check_params, load_params

@@ -30,6 +30,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 LFS = (".safetensors", ".bin", ".ckpt", ".parquet", ".png", ".zip", ".tar")
 INFO, TREE = "/", "/tree"
 """What of a repository can go wrong beside its files: the API's answers to what it is, and to what it holds."""
@@ -223,7 +225,8 @@ class HubServer:
             return {"X-Repo-Commit": commit, "ETag": f'"{etag}"'}, files[inside]
         if is_api and verb in ("", "revision"):
             siblings = [{"rfilename": path} for path in files]
-            return {}, _json({"id": name, "sha": commit, "gated": repo.gated, "private": False, "siblings": siblings})
+            info = {"id": name, "sha": commit, "gated": repo.gated, "private": False, "siblings": siblings}
+            return {}, _json({**info, "cardData": _card(files)})
         if is_api and verb == "paths-info":
             return {}, _json([_entry(path, files) for path in form["paths"] if path in _tree(files)])
         if is_api and verb == "tree":
@@ -289,6 +292,12 @@ def _parse(path: str) -> tuple[str, str, bool, list[str]]:
     parts = parts[1:] if is_api else parts
     kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
     return kind, "/".join(parts[:2]), is_api, [*parts[2:], "", ""]
+
+
+def _card(files: dict[str, bytes]) -> dict | None:
+    """The YAML at the head of README.md."""
+    _, *head = files.get("README.md", b"").decode().split("---\n", 2)
+    return yaml.safe_load(head[0]) if head else None
 
 
 def _tree(files: dict[str, bytes]) -> list[str]:

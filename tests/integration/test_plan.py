@@ -1,13 +1,33 @@
 """`sdtrain plan` and `sdtrain overfit`, through the command line."""
 
+import io
 import json
 import re
+import shutil
+import tarfile
+from pathlib import Path
 
+import datasets
 import pytest
 import yaml
+from PIL import Image
 
 from sdtrain.cli import main
+from sdtrain.export import export_model
+from sdtrain.models.parts import meta_parts
+from sdtrain.models.sd1 import SD1
+from sdtrain.precompute import precompute_latents
+from sdtrain.sample import sample_grid
+from sdtrain.tools.plan.base import find_base, latent_shape
+from sdtrain.tools.plan.disk import disk_items
+from sdtrain.tools.plan.made import find_made
+from sdtrain.tools.plan.pictures import count_pictures
+from sdtrain.tools.plan.sizes import folder_bytes
+from sdtrain.training.memory import training_costs
 from tests.conftest import ROOT, shrunk_tree
+
+BUILTIN = {"path": str(ROOT / "data" / "builtin")}
+GIB = 2**30
 
 
 @pytest.fixture
@@ -19,12 +39,21 @@ def command(workspace, tmp_path, monkeypatch, capsys):
 
     def run(name: str, *options: str, places: dict | None = None, **changes) -> str:
         places = places or {"base": workspace.base, "latents": workspace.latents}
+        if name == "plan":
+            places = {"dataset": workspace.dataset, **places}
+        changes["base"] = {**BUILTIN, **changes.get("base", {})}
         AcceleratorState._reset_state(reset_partial_state=True)
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(shrunk_tree(**changes)))
-        main([name, "--base", str(places["base"]), "--latents", str(places["latents"]), *options])
+        main([name, *(f"--{place}={folder}" for place, folder in places.items()), *options])
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def nothing(tmp_path) -> dict[str, Path]:
+    """Places where no stage has written yet."""
+    return {name: tmp_path / "data" / name for name in ("base", "dataset", "latents")}
 
 
 def lines_of(output: str) -> dict[str, str]:
@@ -65,14 +94,52 @@ def test_the_plan_finds_the_saved_state(command, workspace, tmp_path):
     assert re.search(r"resumes from .*step-00000004", lines_of(command("plan"))["resume"])
 
 
-def test_before_anything_is_made_the_plan_reads_the_params(command, tmp_path):
-    nothing = {"base": tmp_path / "nothing", "latents": tmp_path / "nothing"}
-    changes = {"base": {"path": str(ROOT / "data" / "builtin")}, "dataset": {"num_scenes": 1000}}
-    plan = lines_of(command("plan", places=nothing, **changes))
-    assert plan["pictures"] == "900 to train on, 100 held out (about, as params.yaml says)"
+def test_before_anything_is_made_the_plan_reads_the_params(command, nothing):
+    plan = lines_of(command("plan", places=nothing, dataset={"num_scenes": 1000}))
+    assert plan["pictures"].startswith("900 to train on, 100 held out (about, by dataset.num_scenes")
     assert plan["trained"].startswith("2,839,268 parameters")
-    with pytest.raises(SystemExit, match="isn't there, so the pictures aren't counted yet"):
-        command("plan", places=nothing, dataset={"source": "imagefolder"}, base=changes["base"])
+    assert plan["resume"] == "not known before base and latents are there"
+
+
+def test_steps_are_unknown_only_where_they_hang_on_pictures_that_are_not_counted(command, nothing, tmp_path):
+    dataset = {"source": "imagefolder", "path": str(tmp_path / "none")}
+    plan = lines_of(command("plan", places=nothing, dataset=dataset))
+    assert plan["pictures"] == f"unknown (dataset.path = '{tmp_path}/none' isn't there)"
+    assert plan["steps"] == "4 of 8 pictures, epochs unknown until the pictures are counted (train.max_steps)"
+    assert plan["validations"].startswith("3, of up to 8 noised latents each")
+    assert plan["disk"].startswith("at least ")
+    epochs = lines_of(command("plan", places=nothing, dataset=dataset, train={"max_steps": None, "max_epochs": 3}))
+    assert epochs["steps"] == "3 epochs, steps of 8 pictures unknown until the pictures are counted (train.max_epochs)"
+    assert epochs["validations"].startswith("one every 2 steps, of up to 8")
+    assert epochs["memory"] == plan["memory"]
+
+
+def test_folders_of_other_params_are_named_and_not_counted(command, workspace, tmp_path):
+    """After `cp recipes/sd15.yaml params.yaml` the default's base and latents are still in data/."""
+    plan = command("plan", precompute={"resolution": 128})
+    assert (
+        f"out of date      {workspace.latents} was made with precompute.resolution = 64, params.yaml says 128" in plan
+    )
+    assert lines_of(plan)["pictures"].endswith(f"(counted in {workspace.dataset})")
+    assert "4 x 16 x 16" in lines_of(plan)["disk latents"]
+
+    plan = command("plan", dataset={"num_scenes": 90})
+    assert f"out of date      {workspace.dataset} was made from another source" in plan
+    assert lines_of(plan)["pictures"].startswith("81 to train on, 9 held out (about")
+
+    shutil.copytree(ROOT / "data" / "builtin", tmp_path / "other")
+    plan = command("plan", base={"path": str(tmp_path / "other")})
+    assert f"out of date      {workspace.base} was made with another base.path" in plan
+    assert f"(configs of {tmp_path / 'other'})" in lines_of(plan)["base"]
+    assert lines_of(plan)["resume"] == "not known before base and latents are there"
+
+
+def test_steps_cannot_be_timed_without_something_to_train_on(command, nothing):
+    missing = f"{nothing['base']} isn't there; {nothing['latents']} isn't there; run `dvc repro precompute`"
+    with pytest.raises(SystemExit, match=re.escape(f"--time-steps: {missing}")):
+        command("plan", "--time-steps", "2", places=nothing)
+    with pytest.raises(SystemExit, match=r"--time-steps: .*latents was made with precompute.resolution = 64"):
+        command("plan", "--time-steps", "2", precompute={"resolution": 128})
 
 
 def test_one_batch_is_overfitted(command):
@@ -84,3 +151,137 @@ def test_one_batch_is_overfitted(command):
 def test_a_batch_that_cannot_be_overfitted_fails_the_command(command):
     with pytest.raises(SystemExit, match=r"one batch of 2 can't be overfitted.*try another train.lr \(it is 1e-09"):
         command("overfit", "--steps", "3", "--rows", "2", train={"lr": 1e-9})
+
+
+# ---------------------------------------------------------------- sizes, by hand and against what the stages wrote
+
+
+def test_the_known_structure_is_that_of_stable_diffusion_1_5():
+    parts = meta_parts(SD1, sample_size=64)
+    assert [sum(p.numel() for p in part.parameters()) for part in parts.modules()] == [
+        859_520_964,
+        83_653_863,
+        123_060_480,
+    ]
+
+
+def items_of(params, files, dataset: Path) -> dict:
+    made = find_made(params, files, dataset)
+    base = find_base(params.base, files.base, made.base)
+    shape = latent_shape(base.configs, params.precompute.resolution)
+    pictures = count_pictures(params.dataset, params.seed, files.latents, dataset, made)
+    costs = training_costs(base.configs, params.method, params.train, shape)
+    return {item.name: item for item in disk_items(params, base, pictures, costs, shape, made)}
+
+
+def test_estimates_come_true(workspace, run, make_params, tmp_path):
+    """What the plan says before anything is there, against what the stages then write."""
+    params = make_params(base=BUILTIN, export={"dtype": "fp16"})
+    plan = items_of(params, workspace.files(tmp_path, base=tmp_path / "no", latents=tmp_path / "no"), tmp_path / "no")
+    assert not any(item.is_there for item in plan.values())
+
+    export_model(params.export, workspace.base, run.checkpoints, tmp_path / "model")
+    sample_grid(params.sample, 0, workspace.base, tmp_path / "model", tmp_path / "samples")
+    assert plan["base"].num_bytes == pytest.approx(folder_bytes(workspace.base), rel=0.01)
+    assert plan["dataset"].num_bytes == pytest.approx(folder_bytes(workspace.dataset), rel=0.05)
+    assert plan["latents"].num_bytes == pytest.approx(folder_bytes(workspace.latents), rel=0.02)
+    assert plan["checkpoints"].num_bytes == pytest.approx(folder_bytes(run.checkpoints), rel=0.02)
+    assert plan["model"].num_bytes == pytest.approx(folder_bytes(tmp_path / "model"), rel=0.02)
+    assert 0 < folder_bytes(tmp_path / "samples") < plan["samples"].num_bytes
+    one_checkpoint = folder_bytes(run.checkpoints / "best")
+    (one_state,) = map(folder_bytes, run.checkpoints.parent.glob("resume/*/step-00000004"))
+    assert plan["states"].num_bytes == pytest.approx(3 * one_state + 2 * one_checkpoint, rel=0.02)
+
+    counted = items_of(params, workspace.files(tmp_path), workspace.dataset)
+    assert {name for name, item in counted.items() if item.is_there} == {"base", "dataset", "latents"}
+    assert counted["base"].num_bytes == folder_bytes(workspace.base)
+
+
+def test_mirrors_and_both_splits_are_in_the_latents(workspace, make_params, tmp_path):
+    plain = make_params(base=BUILTIN)
+    params = plain.model_copy(update={"precompute": plain.precompute.model_copy(update={"random_flip": True})})
+    plan = items_of(params, workspace.files(tmp_path, base=tmp_path / "no", latents=tmp_path / "no"), tmp_path / "no")
+    out = tmp_path / "latents"
+    precompute_latents(params.precompute, 0, workspace.base, workspace.dataset, out, tmp_path / "precompute.json")
+    assert plan["latents"].num_bytes == pytest.approx(folder_bytes(out), rel=0.02)
+
+
+def test_disk_and_push_add_up(command, nothing):
+    plan = lines_of(command("plan", places=nothing))
+
+    def mib(text: str) -> float:
+        return float(re.search(r"([\d.]+) MiB", text)[1])
+
+    outs = ["base", "dataset", "latents", "checkpoints", "model", "samples"]
+    sent = sum(mib(plan[f"disk {name}"]) for name in outs)
+    assert mib(plan["disk DVC cache"]) == pytest.approx(sent, abs=0.1)
+    assert mib(plan["dvc push"]) == pytest.approx(sent, abs=0.1)
+    assert "states" not in plan["dvc push"].split(";")[0]
+    assert mib(plan["disk"]) == pytest.approx(2 * sent + mib(plan["disk states"]), abs=0.1)
+    # 60 scenes: means and log-variances of 4 x 8 x 8 in 2 bytes, 77 ids of 8, names of 38; 4 probes of 3 x 64 x 64 x 4
+    assert mib(plan["disk latents"]) == pytest.approx((60 * (2 * 256 * 2 + 616 + 38) + 4 * 49_152) / 2**20, abs=0.005)
+
+
+def test_what_is_there_already_is_not_needed_again(command, workspace):
+    plan = lines_of(command("plan"))
+    there = 2 * (folder_bytes(workspace.base) + folder_bytes(workspace.dataset) + folder_bytes(workspace.latents))
+    assert float(re.search(r"([\d.]+) MiB of it there already", plan["disk"])[1]) == pytest.approx(
+        there / 2**20, rel=0.01
+    )
+
+
+# ---------------------------------------------------------------- pictures on the disk
+
+
+def png(size: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((size, size), 50).convert("RGB").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_pictures(folder: Path, source: str, num: int) -> None:
+    folder.mkdir()
+    if source == "imagefolder":
+        for number in range(num):
+            (folder / f"{number}.png").write_bytes(png())
+            (folder / f"{number}.txt").write_text(f"picture {number}")
+    elif source == "parquet":
+        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+        rows = {"image": [{"bytes": png(), "path": None}] * num, "text": [str(n) for n in range(num)]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "some.parquet")
+    else:
+        for shard in range(2):
+            with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+                for number in range(num // 2):
+                    for suffix, data in ((".png", png()), (".txt", b"a picture")):
+                        member = tarfile.TarInfo(f"{number:03}{suffix}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("source", ["imagefolder", "parquet", "webdataset"])
+def test_pictures_on_the_disk_are_counted_before_any_stage(command, nothing, tmp_path, source):
+    write_pictures(tmp_path / "mine", source, 200)
+    dataset = {"source": source, "path": str(tmp_path / "mine")}
+    plan = lines_of(command("plan", places=nothing, dataset=dataset))
+    assert plan["pictures"].startswith("180 to train on, 20 held out (about, ")
+    assert plan["steps"].startswith("4 of 8 pictures, 0.2 epochs")
+    limited = lines_of(command("plan", places=nothing, dataset={**dataset, "max_train_samples": 90}))
+    assert limited["pictures"].startswith("90 to train on, 10 held out (about, ")
+    all_bytes, half = (float(p["disk dataset"].split(" MiB")[0]) for p in (plan, limited))
+    assert half == pytest.approx(all_bytes / 2, abs=0.01)
+
+
+def test_a_split_may_be_empty_by_rounding(command, nothing):
+    plan = lines_of(command("plan", places=nothing, dataset={"num_scenes": 1, "validation_fraction": 0.9}))
+    assert plan["pictures"].startswith("0 to train on, 1 held out (about")
+    plan = lines_of(command("plan", places=nothing, dataset={"num_scenes": 1, "validation_fraction": 0.1}))
+    assert plan["validations"].startswith("3, of 0 noised latents each")
+
+
+@pytest.mark.parametrize(("source", "name"), [("parquet", "a.parquet"), ("webdataset", "a.tar")])
+def test_damaged_files_leave_the_pictures_unknown(command, nothing, tmp_path, source, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_bytes(b"no such thing" * 100)
+    plan = lines_of(command("plan", places=nothing, dataset={"source": source, "path": str(tmp_path / "mine")}))
+    assert plan["pictures"].startswith(f"unknown (dataset.path = '{tmp_path}/mine' can't be read: ")

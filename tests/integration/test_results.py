@@ -115,7 +115,8 @@ def test_grid_puts_each_picture_in_its_place():
 def test_evaluate_writes_the_numbers_with_their_counts(workspace, model, tmp_path):
     params = workspace.make_params().evaluate
     evaluate_model(
-        params, workspace.make_params().method, 0, base=workspace.base, model=model, dataset=workspace.dataset, latents=workspace.latents,
+        params, workspace.make_params().method, 0,
+        base=workspace.base, model=model, dataset=workspace.dataset, latents=workspace.latents,
         metrics=tmp_path / "e.json", loss_table=tmp_path / "loss.csv", accuracy_table=tmp_path / "accuracy.csv",
     )  # fmt: skip
     numbers = json.loads((tmp_path / "e.json").read_text())
@@ -128,7 +129,8 @@ def test_evaluate_writes_the_numbers_with_their_counts(workspace, model, tmp_pat
 
 def test_a_model_equal_to_its_base_gains_exactly_nothing(workspace, tmp_path):
     evaluate_model(
-        workspace.make_params().evaluate, workspace.make_params().method, 0, base=workspace.base, model=workspace.base, dataset=workspace.dataset,
+        workspace.make_params().evaluate, workspace.make_params().method, 0,
+        base=workspace.base, model=workspace.base, dataset=workspace.dataset,
         latents=workspace.latents, metrics=tmp_path / "e.json", loss_table=tmp_path / "l.csv",
         accuracy_table=tmp_path / "a.csv",
     )  # fmt: skip

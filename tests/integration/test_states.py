@@ -633,4 +633,4 @@ def test_the_plan_refuses_a_cache_whose_manifest_says_nothing(workspace, tmp_pat
     shutil.copytree(workspace.latents, tmp_path / "latents")
     (tmp_path / "latents" / "manifest.json").write_text(text)
     with pytest.raises(InputError, match="manifest.json: .*dvc repro precompute"):
-        plan_run(workspace.make_params(), workspace.files(tmp_path, latents=tmp_path / "latents"), 0)
+        plan_run(workspace.make_params(), workspace.files(tmp_path, latents=tmp_path / "latents"), workspace.dataset, 0)

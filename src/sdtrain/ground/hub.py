@@ -36,7 +36,7 @@ from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.files import sha256_file
+from sdtrain.ground.files import disk_is_full, sha256_file
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
@@ -136,11 +136,20 @@ def repository(key: str, name: str, revision: str | None, kind: str, instead: st
         InputError: names the params key and the way out.
     """
     _be_patient()
-    try:
+    with explained(key, name, revision, instead):
         found = _look_up(key, name, revision, kind)
         print(f"{key}: {name} at {revision or 'its newest revision'} is commit {found.commit}", flush=True)
         yield found
+
+
+@contextmanager
+def explained(key: str, name: str, revision: str | None, instead: str) -> Iterator[None]:
+    """Turn faults of hub and network into words; arguments and errors as `repository`."""
+    try:
+        yield
     except (HFValidationError, HTTPError, OSError, _Unanswered) as error:
+        if disk_is_full(error):
+            raise
         raise InputError(f"{key} = {name!r}: {_explain(error, name, revision, instead)}") from None
 
 

@@ -1,6 +1,7 @@
 """What is looked at before the first step, so that hours aren't spent on a run that can't come out right."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,9 @@ _MIN_PSNR_DB = 12.0
 """Of the VAE's round trip. A sound VAE reaches 20 and more; a constant grey picture about 10."""
 _MAX_CACHE_ERROR = 0.05
 """Relative L2 distance of cached and fresh means; float16 storage and another device's kernels stay far below."""
+
+MAX_STATES = 3
+"""Saved states of a run on the disk at once: two are kept, and the next one is written before the older goes."""
 
 
 def estimate_costs(params: Params, base: Path, latent_shape: tuple[int, int, int]) -> Costs:
@@ -134,32 +138,46 @@ def check_base_loss(losses: dict[str, float], prediction_type: str, from_scratch
         )
 
 
-def check_disk(costs: Costs, num_best: int, resume: Path, out: Path, saved_bytes: int) -> None:
-    """Saved states and checkpoints will fit on the disk.
+@dataclass(frozen=True)
+class DiskNeeds:
+    """What a run writes, at the moment when it is most."""
 
-    A third state is there while it is written, before the oldest goes. So are a checkpoint that only the older state
-    still refers to, and one that is being written: more where a run validates more often than it saves.
+    states_bytes: int
+    """In the folder of saved states, the best checkpoints so far included."""
+    checkpoints_bytes: int
+    """In data/checkpoints."""
+
+
+def disk_needs(costs: Costs, num_best: int) -> DiskNeeds:
+    """What a run of these costs writes that keeps so many best checkpoints.
+
+    Beside the states lie the best checkpoints, one that only the older state still refers to, and one that is being
+    written: more where a run validates more often than it saves.
+    """
+    states_bytes = MAX_STATES * costs.state_bytes + (num_best + 2) * costs.checkpoint_bytes
+    return DiskNeeds(states_bytes, (num_best + 1) * costs.checkpoint_bytes)
+
+
+def check_disk(costs: Costs, num_best: int, states: Path, out: Path, saved_bytes: int) -> None:
+    """Check that saved states and checkpoints will fit on the disk.
 
     Args:
-        saved_bytes: what this run takes in `resume` already.
+        saved_bytes: what this run takes in `states` already.
 
     Raises:
         InputError: gives what is needed and what is free.
     """
-    needs = {
-        resume: 3 * costs.state_bytes + (num_best + 2) * costs.checkpoint_bytes - saved_bytes,
-        out: (num_best + 1) * costs.checkpoint_bytes,
-    }
+    needed = disk_needs(costs, num_best)
     by_disk: dict[int, int] = {}
-    for folder, needed in needs.items():
+    for folder, num_bytes in ((states, needed.states_bytes - saved_bytes), (out, needed.checkpoints_bytes)):
         place = existing(folder)
         device = place.stat().st_dev
-        by_disk[device] = by_disk.get(device, 0) + needed
+        by_disk[device] = by_disk.get(device, 0) + num_bytes
         free = shutil.disk_usage(place).free
         if by_disk[device] > free:
             raise InputError(
                 f"{place} has {free / 2**30:.1f} GiB free, saved states and checkpoints need "
-                f"{by_disk[device] / 2**30:.1f} GiB; free some (states of other runs lie in {resume})"
+                f"{by_disk[device] / 2**30:.1f} GiB; free some (states of other runs lie in {states})"
             )
 
 

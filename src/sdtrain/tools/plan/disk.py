@@ -1,0 +1,113 @@
+"""What a run of the whole pipeline writes, what DVC keeps of it once more, and what `dvc push` sends."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from huggingface_hub import constants
+
+from sdtrain.data.shards import NUM_PROBES
+from sdtrain.models.parts import Configs, vae_factor
+from sdtrain.params.schema import Params
+from sdtrain.tools.plan.base import Base
+from sdtrain.tools.plan.made import Made
+from sdtrain.tools.plan.pictures import Pictures
+from sdtrain.tools.plan.sizes import size
+from sdtrain.training.memory import Costs
+from sdtrain.training.preflight import MAX_STATES, disk_needs
+
+_ID_BYTES = 38
+"""Of a picture's id in the head of a latent shard: 32 characters, quotes with their backslashes, comma, space."""
+_MIN_CELL_PX = 128
+"""To which the grid of samples enlarges small pictures."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that the pipeline writes."""
+
+    name: str
+    num_bytes: int | None
+    """At its most; None is unknown."""
+    origin: str
+    is_out: bool = True
+    """A cached out: DVC keeps it once more, and pushes it."""
+    is_there: bool = False
+
+
+def disk_items(
+    params: Params, base: Base, pictures: Pictures, costs: Costs, latent_shape: tuple[int, int, int], made: Made
+) -> list[Item]:
+    """What a run of the whole pipeline writes."""
+    num_best, dtype = params.train.num_best_checkpoints, params.export.dtype
+    needs = disk_needs(costs, num_best)
+    kinds = "raw and EMA" if params.train.use_ema else "raw"
+    model_bytes = sum(base.num_parameters.values()) * {"fp32": 4, "fp16": 2}[dtype]
+    states = f"of this run: up to {MAX_STATES} of {size(costs.state_bytes)}, and {num_best + 2} checkpoints beside them"
+    checkpoints = f"{num_best} best and the last, {size(costs.checkpoint_bytes)} each, {kinds} weights"
+    dataset_origin = pictures.bytes_origin if pictures.num_bytes is not None else "see pictures"
+    return [
+        Item("base", base.num_bytes, base.bytes_origin, is_there=made.base),
+        Item("dataset", pictures.num_bytes, dataset_origin, is_there=made.dataset),
+        latents_item(params, base, pictures, latent_shape, made.latents),
+        Item("states", needs.states_bytes, states, is_out=False),
+        Item("checkpoints", needs.checkpoints_bytes, checkpoints),
+        Item("model", model_bytes, f"about, {dtype}"),
+        Item("samples", _grid_bytes(params, base.configs, latent_shape[-1]), "at most"),
+        *_hub_items(params, base, pictures, made),
+    ]
+
+
+def latents_item(
+    params: Params, base: Base, pictures: Pictures, latent_shape: tuple[int, int, int], is_made: bool
+) -> Item:
+    """data/latents, in the format of `shards.py`: float16 mean and log-variance, int64 token ids, float32 probe."""
+    num_views, num_values = 2 if params.precompute.random_flip else 1, math.prod(latent_shape)
+    num_tokens = base.configs.text_encoder["max_position_embeddings"]
+    row_bytes = num_views * 2 * 2 * num_values + 8 * num_tokens + _ID_BYTES
+    shape = " x ".join(map(str, latent_shape))
+    row = f"{row_bytes / 2**10:.1f} KiB a picture: {shape}{', and its mirror' if num_views == 2 else ''}"
+    if pictures.num_all is None:
+        return Item("latents", None, row)
+    probe_bytes = min(NUM_PROBES, pictures.num_held_out) * 3 * 4 * params.precompute.resolution**2
+    return Item("latents", pictures.num_all * row_bytes + probe_bytes, row, is_there=is_made)
+
+
+def _grid_bytes(params: Params, configs: Configs, latent_size: int) -> int:
+    """The grid's pixels, before PNG packs them: base and trained, at the size that the base draws."""
+    own = configs.unet.get("sample_size")
+    drawn = vae_factor(configs.vae["block_out_channels"]) * (own if isinstance(own, int) else latent_size)
+    side = drawn * math.ceil(_MIN_CELL_PX / drawn)
+    return 2 * len(params.sample.prompts) * params.sample.images_per_prompt * 3 * side**2
+
+
+def _hub_items(params: Params, base: Base, pictures: Pictures, made: Made) -> list[Item]:
+    """What the hub's clients keep of their downloads; the data set as files and as Arrow."""
+    num_bytes = base.num_hub_bytes
+    if params.dataset.source == "hub" and not made.dataset:
+        num_bytes += 2 * (pictures.num_bytes or 0)
+    return [Item("hub cache", num_bytes, f"about, downloads in {constants.HF_HOME}", is_out=False)] if num_bytes else []
+
+
+def disk_lines(items: list[Item], free_bytes: int) -> list[tuple[str, str]]:
+    """Each item, DVC's copies of the outs, the sum beside what is free, and what `dvc push` sends."""
+    outs = [item for item in items if item.is_out]
+    copied, total = _sum(outs), _sum(items) + _sum(outs)
+    there = sum(2 * item.num_bytes if item.is_out else item.num_bytes for item in items if item.is_there)
+    unknown = " and ".join(item.name for item in items if item.num_bytes is None)
+    about, besides = ("at least", f" without {unknown}") if unknown else ("about", "")
+    already = f", {size(there)} of it there already" if there else ""
+    lack = "" if total - there <= free_bytes else ": not enough"
+    copies = "the outs once more, with DVC's default copies; none where cache.type links or reflinks"
+    parts = ", ".join(f"{item.name} {size(item.num_bytes)}" for item in outs)
+    return [
+        *((f"disk {item.name}", f"{size(item.num_bytes)} ({item.origin})") for item in items),
+        ("disk DVC cache", f"{size(copied)} ({copies})"),
+        ("disk", f"{about} {size(total)} in all{besides}{already}; {size(free_bytes)} free{lack}"),
+        ("dvc push", f"{about} {size(copied)}{besides}: {parts}; no saved states, and equal files once"),
+    ]
+
+
+def _sum(items: Iterable[Item]) -> int:
+    """The bytes that are known."""
+    return sum(item.num_bytes or 0 for item in items)

@@ -1,0 +1,156 @@
+"""How many pictures there will be, and their bytes: counted where the stages have run, else as the source tells."""
+
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import HfApi
+from PIL import Image
+
+from sdtrain.data import scenes
+from sdtrain.data.shards import SPLITS
+from sdtrain.ground import randomness
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.manifests import DatasetManifest, LatentsManifest
+from sdtrain.params.schema import DatasetParams
+from sdtrain.tools.plan.base import TIMEOUT_S, asking_hub
+from sdtrain.tools.plan.made import Made
+from sdtrain.tools.plan.sizes import folder_bytes
+
+_NUM_DRAWN = 16
+"""Generated scenes that are drawn to see how large their files are."""
+_ROW_BYTES = 170
+"""Of a picture in data/dataset beside its file: id, caption, its row in inputs.csv."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """How many pictures there will be, and the bytes of data/dataset; None is unknown."""
+
+    num_train: int | None
+    num_held_out: int | None
+    origin: str
+    num_bytes: int | None
+    bytes_origin: str
+
+    @property
+    def num_all(self) -> int | None:
+        """Both splits."""
+        return None if self.num_train is None else self.num_train + self.num_held_out
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a source is known to hold, in files or rows; None is unknown."""
+
+    num_pictures: int | None
+    num_bytes: int | None
+    origin: str
+
+
+def count_pictures(params: DatasetParams, seed: int, latents: Path, dataset: Path, made: Made) -> Pictures:
+    """The pictures, from the nearest place that tells."""
+    if made.dataset:
+        splits = DatasetManifest.read(dataset).splits
+        counts, origin = [splits[name].num_rows for name in SPLITS], f"counted in {dataset}"
+        num_bytes, bytes_origin = folder_bytes(dataset), origin
+    else:
+        found = ask_source(params, seed)
+        counts, origin = split_counts(params, found.num_pictures), found.origin
+        num_bytes, bytes_origin = _share_of_bytes(found, counts), found.origin
+    if made.latents:
+        manifest = LatentsManifest.read(latents)
+        counts, origin = [manifest.num_rows(name) for name in SPLITS], f"counted in {latents}"
+    return Pictures(*counts, origin, num_bytes, bytes_origin)
+
+
+def split_counts(params: DatasetParams, num_pictures: int | None) -> list[int | None]:
+    """About how many pictures of a source are trained on and held out, if none is dropped."""
+    if num_pictures is None:
+        return [None, None]
+    held_out, limit = round(num_pictures * params.validation_fraction), params.max_train_samples
+    train = num_pictures - held_out
+    if limit is not None and limit < train:  # reading ends there, and with it the held-out ones
+        return [limit, round(limit / (1 - params.validation_fraction) * params.validation_fraction)]
+    return [train, held_out]
+
+
+def _share_of_bytes(found: Found, counts: list[int | None]) -> int | None:
+    if found.num_bytes is None or not found.num_pictures:
+        return None
+    return round(sum(counts) * (found.num_bytes / found.num_pictures + _ROW_BYTES))
+
+
+def ask_source(params: DatasetParams, seed: int) -> Found:
+    """What the source holds, as far as can be told without reading its pictures."""
+    if params.source == "generated":
+        sizes = [_scene_bytes(params, seed, index) for index in range(_NUM_DRAWN)]
+        num_bytes = round(params.num_scenes * sum(sizes) / len(sizes))
+        return Found(params.num_scenes, num_bytes, f"about, by dataset.num_scenes and {_NUM_DRAWN} scenes drawn")
+    if params.source == "hub":
+        return _ask_card(params)
+    path = Path(params.path)
+    count = {"imagefolder": _count_files, "parquet": _count_rows, "webdataset": _count_members}[params.source]
+    if not path.exists():
+        return Found(None, None, f"dataset.path = '{path}' isn't there")
+    try:
+        return count(path)
+    except (pa.ArrowException, tarfile.TarError, OSError) as error:
+        return Found(None, None, f"dataset.path = '{path}' can't be read: {error}")
+
+
+def _scene_bytes(params: DatasetParams, seed: int, index: int) -> int:
+    """Of the scene that the source `generated` draws there."""
+    rng = randomness.generator(seed, "scene", index)
+    scene = scenes.draw_scene(rng, new=bool(rng.random() < params.new_fraction))
+    return len(scenes.png_bytes(scenes.render(scene, rng)))
+
+
+def _count_files(path: Path) -> Found:
+    Image.init()
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    sizes = [file.stat().st_size for file in path.rglob("*") if file.suffix.lower() in suffixes]
+    if not sizes:
+        return Found(None, None, f"dataset.path = '{path}' holds no pictures yet")
+    return Found(len(sizes), sum(sizes), f"about, the picture files in {path}")
+
+
+def _count_rows(path: Path) -> Found:
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    if not files:
+        return Found(None, None, f"dataset.path = '{path}' holds no .parquet files yet")
+    num_rows = sum(pq.read_metadata(file).num_rows for file in files)
+    return Found(num_rows, sum(file.stat().st_size for file in files), f"about, the rows in {path}")
+
+
+def _count_members(path: Path) -> Found:
+    """Samples of WebDataset tars: those of the first, and as many per byte of the others."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.tar"))
+    if not files:
+        return Found(None, None, f"dataset.path = '{path}' holds no .tar files yet")
+    with tarfile.open(files[0]) as tar:
+        paths = [Path(member.name) for member in tar if member.isfile()]
+    samples = {(path.parent, path.name.split(".")[0]) for path in paths}
+    sizes = [file.stat().st_size for file in files]
+    counted = f"the members of {path}" if len(files) == 1 else f"the first of {len(files)} tars in {path}"
+    return Found(round(len(samples) * sum(sizes) / sizes[0]), sum(sizes), f"about, {counted}")
+
+
+def _ask_card(params: DatasetParams) -> Found:
+    """What a hub data set's card says: `push_to_hub` of Datasets writes there how many rows and bytes a split has."""
+    instead = "set dataset.source: imagefolder and dataset.path to a folder on this machine, or use 'generated'"
+    try:
+        with asking_hub("dataset.repo", params.repo, params.revision, instead):
+            info = HfApi().dataset_info(params.repo, revision=params.revision, timeout=TIMEOUT_S)
+    except InputError as fault:
+        return Found(None, None, str(fault))
+    told = info.card_data.to_dict().get("dataset_info", []) if info.card_data else []
+    configs = [config for config in (told if isinstance(told, list) else [told]) if isinstance(config, dict)]
+    default = [config for config in configs if config.get("config_name") == "default"] or configs
+    splits = default[0].get("splits", []) if len(default) == 1 else []
+    for split in splits:
+        if split.get("name") == params.split and isinstance(split.get("num_examples"), int):
+            return Found(split["num_examples"], split.get("num_bytes"), f"about, the card of {params.repo} on the hub")
+    return Found(None, None, f"the card of {params.repo} on the hub doesn't say")
