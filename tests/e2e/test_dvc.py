@@ -133,3 +133,30 @@ def test_changed_pictures_rerun_the_data_set(project):
     (project.folder / "data" / "images" / "new.txt").write_text("a caption")
     assert "dataset" in stages_run(project.run("dvc repro --dry"))
     (project.folder / "data" / "images" / "new.txt").unlink()
+
+
+def test_what_a_run_branches_from_is_watched(project):
+    """The content of train.branch_from counts, not its name alone."""
+    (project.folder / "data" / "start" / "weights").write_text("other weights")
+    assert stages_run(project.run("dvc repro --dry"))[0] == "train"
+    (project.folder / "data" / "start" / "weights").unlink()
+    assert stages_run(project.run("dvc repro --dry")) == []
+
+
+def test_a_key_of_the_method_reruns_no_stage_before_train(project):
+    """Neither its value in params.yaml, nor its field in the schema, nor the method's own code."""
+    changed = {
+        "params.yaml": ("  name: finetune", "  name: finetune\n  rank: 4"),
+        "src/sdtrain/params/schema.py": (
+            '    name: Literal["finetune"]',
+            '    name: Literal["finetune"]\n    rank: int',
+        ),
+        "src/sdtrain/methods/finetune.py": ("        self.logged", "        self.rank = 4\n        self.logged"),
+    }
+    for name, (before, after) in changed.items():
+        path = project.folder / name
+        assert before in path.read_text(), name
+        path.write_text(path.read_text().replace(before, after, 1))
+    assert stages_run(project.run("dvc repro --dry"))[0] == "train"
+    project.run("git checkout params.yaml src")
+    assert stages_run(project.run("dvc repro --dry")) == []

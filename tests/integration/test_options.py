@@ -203,7 +203,9 @@ def test_quartiles_are_the_loss_split_by_timestep(workspace, tmp_path):
 
 def test_speed_has_its_own_table(run):
     speed = pd.read_csv(run.metrics.with_name("train_speed.csv"))
-    assert list(speed) == ["step", "step_time_ms", "samples_per_sec", "data_wait", "peak_memory_gib"]
+    columns = "step step_time_ms samples_per_sec data_wait peak_memory_gib num_processes micro_batch_size"
+    assert list(speed) == columns.split()
+    assert set(zip(speed.num_processes, speed.micro_batch_size, strict=True)) == {(1, 8)}
     assert speed.step.tolist() == [1, 2, 3, 4]
     assert speed.data_wait.between(0, 1).all()
     assert (speed.samples_per_sec * speed.step_time_ms).tolist() == pytest.approx([8000.0] * 4)

@@ -7,12 +7,16 @@ import re
 import shutil
 import signal
 
+import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sdtrain import train as train_module
 from sdtrain.data.batches import BatchMaker
 from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import seal_folder
+from sdtrain.training.branching import find_origin
 from sdtrain.training.optimizer import build_optimizer
 from sdtrain.training.states import StateStore, _flat, _nested, read_head
 
@@ -194,6 +198,31 @@ def test_params_that_change_no_weight_keep_the_state(workspace, whole, tmp_path,
     assert "resumes from step 6 of 6" in capfd.readouterr().out
 
 
+def test_a_finished_run_that_is_taken_over_says_so_and_records_what_ran(workspace, whole, tmp_path, capfd):
+    """As `dvc exp run -S train.micro_batch_size=4` after a finished run: nothing trains, and nothing says it did."""
+    shutil.copytree(whole / "resume", tmp_path / "resume")
+    run = workspace.train(tmp_path, train={**STEPS, "micro_batch_size": 4})
+    out = capfd.readouterr().out
+    assert "was finished before, after 6 steps: its result is taken over and nothing is trained" in out
+    assert "(train.micro_batch_size 8 there, 4 here: without effect); to train it again, set train.resume: never" in out
+    for path in run.checkpoints.glob("*/training_config.json"):
+        assert json.loads(path.read_text())["params"]["train"]["micro_batch_size"] == 8
+    assert pd.read_csv(tmp_path / "train_speed.csv").micro_batch_size.unique().tolist() == [8]
+
+
+def test_a_run_that_moves_to_another_split_records_both(workspace, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 4)
+        with pytest.raises(SystemExit):
+            workspace.train(tmp_path, train=STEPS)
+    run = workspace.train(tmp_path, train={**STEPS, "micro_batch_size": 4})
+    speed = pd.read_csv(tmp_path / "train_speed.csv")
+    assert dict(zip(speed.step, speed.micro_batch_size, strict=True)) == {4: 8, 6: 4}
+    assert speed.num_processes.unique().tolist() == [1]
+    config = json.loads((run.checkpoints / "last" / "training_config.json").read_text())
+    assert config["params"]["train"]["micro_batch_size"] == 4
+
+
 def test_a_second_trainer_of_the_same_run_is_refused(workspace, whole, tmp_path):
     shutil.copytree(whole / "resume", tmp_path / "resume")
     (folder,) = (path for path in (tmp_path / "resume").iterdir() if path.is_dir())
@@ -232,6 +261,23 @@ def test_a_branch_without_changes_goes_on_exactly(workspace, tmp_path):
     whole = workspace.train(tmp_path / "c", train=OPEN)
     name = "last/ema/diffusion_pytorch_model.safetensors"
     assert (branched.checkpoints / name).read_bytes() == (whole.checkpoints / name).read_bytes()
+
+
+def test_what_a_branch_starts_from_counts_by_its_content(workspace, tmp_path):
+    """Two states of the same run and step whose weights differ make two branches."""
+    source, origins = tmp_path / "start", []
+    workspace.train(tmp_path / "a", train={**OPEN, "max_steps": 4})
+    for changed in (False, True):
+        shutil.rmtree(source, ignore_errors=True)
+        shutil.copytree(newest(tmp_path / "a"), source)
+        if changed:
+            tensors = load_file(source / "weights.safetensors")
+            save_file({name: tensor + 1 for name, tensor in tensors.items()}, source / "weights.safetensors")
+            seal_folder(source)
+        params = workspace.make_params(train={**OPEN, **from_(source)})
+        origins.append(find_origin(params.train, tmp_path / "out", 6).facts())
+    assert origins[0] != origins[1]
+    assert {**origins[0], "sha256": None} == {**origins[1], "sha256": None}
 
 
 def test_a_stopped_branch_is_resumed_as_a_branch(workspace, whole, tmp_path, monkeypatch):
@@ -366,6 +412,21 @@ def test_steps_that_fp16_skips_are_counted_and_change_no_curve(workspace, tmp_pa
     run = workspace.train(tmp_path, train={**STEPS, "save_every_n_steps": 1, "log_every_n_steps": 3})
     assert json.loads(run.metrics.read_text())["num_skipped_steps"] == 1
     assert run.train_curve[["loss", "grad_norm", "timestep_mean"]].notna().all(axis=None)
+
+
+def test_a_skipped_step_at_the_end_of_an_interval_leaves_the_weights_norm(workspace, tmp_path, monkeypatch):
+    original = train_module.optimizer_step
+
+    def step(trainer, lr_scheduler, number):
+        report = original(trainer, lr_scheduler, number)
+        if number != 2:
+            return report
+        return dataclasses.replace(report, grad_norm=torch.tensor(torch.nan), skipped=True)
+
+    monkeypatch.setattr(train_module, "optimizer_step", step)
+    curve = workspace.train(tmp_path, train={**STEPS, "max_steps": 4, "log_every_n_steps": 3}).train_curve
+    assert curve.param_norm_clip[0] == pytest.approx(curve.param_norm[1], rel=1e-3), "of the weights, not 0"
+    assert curve[["param_norm", "param_norm_clip"]].min(axis=None) > 1
 
 
 def test_fp16_takes_the_optimizer_that_tells_of_skipped_steps(workspace):
