@@ -1,12 +1,12 @@
 """The base model from local parts, and a UNet of one's own structure."""
 
-import json
 
 import pytest
 import torch
 
 from sdtrain.base import resolve_base
 from sdtrain.ground.errors import InputError
+from sdtrain.ground.manifests import BaseManifest
 from sdtrain.models.parts import load_unet
 
 SMALL = {
@@ -30,7 +30,7 @@ def test_a_unet_of_ones_own_takes_its_widths_from_the_other_parts(make_params, r
     unet = load_unet(tmp_path / "base" / "unet")
     assert unet.config.block_out_channels == [16, 32]
     assert (unet.config.in_channels, unet.config.out_channels, unet.config.cross_attention_dim) == (4, 4, 128)
-    assert manifest["sources"][-1] == {"unet_config": SMALL, "seed": 0, "parts": ["unet"]}
+    assert manifest.sources[-1] == {"unet_config": SMALL, "seed": 0, "parts": ["unet"]}
 
 
 def test_its_first_weights_follow_the_seed(make_params, root, tmp_path):
@@ -63,8 +63,8 @@ def test_a_structure_that_can_t_work_is_explained(make_params, root, tmp_path, c
 def test_the_manifest_names_every_file(make_params, root, tmp_path):
     manifest = resolve(make_params, root, tmp_path / "base")
     files = {str(p.relative_to(tmp_path / "base")) for p in (tmp_path / "base").rglob("*") if p.is_file()}
-    assert set(manifest["files"]) == files - {"manifest.json"}
-    assert json.loads((tmp_path / "base" / "manifest.json").read_text()) == manifest
+    assert set(manifest.files) == files - {"manifest.json"}
+    assert BaseManifest.read(tmp_path / "base") == manifest
 
 
 def test_a_folder_without_weights_is_explained(make_params, root, tmp_path):

@@ -91,7 +91,7 @@ def ended(main) -> str | None:
     ids=["weights", "all"],
 )
 def test_every_write_of_a_run_may_fail_once(workspace, tmp_path, monkeypatch, names):
-    """Run after run, each goes one write further than the last; the end is that of a run that nothing stopped."""
+    """Run after run, each gets one write further than the last; the end is that of a run that nothing stopped."""
     workspace.train(tmp_path / "whole", train=SHORT)
     out = tmp_path / "filling"
     with monkeypatch.context() as patch:
@@ -271,7 +271,7 @@ def test_a_disk_that_fills_while_a_run_works(workspace, small_disk, left_mib):
     (small_disk / "ballast").unlink()
     resumed = run("-m", "stages.train")
     assert resumed.returncode == 0, resumed.stderr
-    assert "goes on from step" in resumed.stdout
+    assert "resumes from step" in resumed.stdout
     ours = {
         p.relative_to(small_disk): p.read_bytes() for p in (small_disk / "data/checkpoints").rglob("*") if p.is_file()
     }

@@ -5,9 +5,9 @@ it before it trusts the folder.
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import check_files, check_hash, read_json, sha256_json, write_json
@@ -19,6 +19,12 @@ _MAX_HASHED_BYTES = 8 * 2**30
 
 class _Record(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+def _both(splits: dict) -> dict:
+    if sorted(splits) != ["train", "validation"]:
+        raise ValueError(f"must be train and validation, found {', '.join(splits) or 'none'}")
+    return splits
 
 
 class Manifest(_Record):
@@ -90,7 +96,7 @@ class DatasetManifest(Manifest):
 
     format_version: Literal[1] = 1
     source: dict[str, Any]
-    splits: dict[Literal["train", "validation"], DatasetSplit]
+    splits: Annotated[dict[str, DatasetSplit], AfterValidator(_both)]
     dropped: dict[str, PositiveInt]
     """Inputs that aren't among the rows, by reason."""
     noted: dict[str, PositiveInt]
@@ -120,7 +126,7 @@ class LatentsManifest(Manifest):
     max_token_id: NonNegativeInt
     shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     """Channels, height and width of a latent."""
-    splits: dict[Literal["train", "validation"], list[Shard]]
+    splits: Annotated[dict[str, list[Shard]], AfterValidator(_both)]
 
     def num_rows(self, split: str) -> int:
         """Images of a split."""
