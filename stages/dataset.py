@@ -1,4 +1,4 @@
-"""Read, check and split the captioned pictures: data/dataset."""
+"""Read, check and split the captioned images: data/dataset."""
 
 from sdtrain.dataset import build_dataset
 from sdtrain.params.machine import load_trainable_params

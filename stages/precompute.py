@@ -1,4 +1,4 @@
-"""Encode pictures with the VAE and captions with the tokenizer: data/latents."""
+"""Encode images with the VAE and captions with the tokenizer: data/latents."""
 
 from sdtrain.params.machine import load_trainable_params
 from sdtrain.precompute import precompute_latents

@@ -1,4 +1,4 @@
-"""Draw the grid of base and trained pictures: data/samples/grid.png."""
+"""Draw the grid of base and trained images: data/samples/grid.png."""
 
 from sdtrain.params.load import load_params
 from sdtrain.sample import sample_grid

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="sdtrain", description="Fine-tune Stable Diffusion; see README.md.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("generate", help="draw pictures from prompts")
+    command = commands.add_parser("generate", help="draw images from prompts")
     command.add_argument("--model", type=Path, required=True, help="a Diffusers folder, or a checkpoint's")
     command.add_argument(
         "--base",
@@ -25,13 +25,13 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--weights", choices=["ema", "raw"], help="a checkpoint's weights; ema where it keeps them")
     command.add_argument("--prompt", action="append", required=True, help="may be given several times")
     command.add_argument("--negative-prompt", default="", help="what to steer away from")
-    command.add_argument("--num-images", type=_positive, default=1, help="pictures per prompt (%(default)s)")
+    command.add_argument("--num-images", type=_positive, default=1, help="images per prompt (%(default)s)")
     command.add_argument(
-        "--seed", type=int, default=0, help="of a prompt's first picture; the next count up (%(default)s)"
+        "--seed", type=int, default=0, help="of a prompt's first image; the next count up (%(default)s)"
     )
     command.add_argument("--steps", type=_positive, default=25, help="DPM-Solver++ steps (%(default)s)")
     command.add_argument("--guidance-scale", type=float, default=7.5, help="classifier-free guidance (%(default)s)")
-    command.add_argument("--batch-size", type=_positive, default=4, help="pictures drawn at once (%(default)s)")
+    command.add_argument("--batch-size", type=_positive, default=4, help="images drawn at once (%(default)s)")
     command.add_argument("--out", type=Path, required=True, help="folder for the PNG files")
     command.set_defaults(run=_generate)
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = commands.add_parser("overfit", help="see whether one batch can be learned, where a run learns nothing")
     _add_places(command)
     command.add_argument("--steps", type=_positive, default=300, help="optimizer steps (%(default)s)")
-    command.add_argument("--rows", type=_positive, default=4, help="pictures in the batch (%(default)s)")
+    command.add_argument("--rows", type=_positive, default=4, help="images in the batch (%(default)s)")
     command.set_defaults(run=_overfit)
     options = parser.parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises torchvision, which nothing here needs

@@ -2,7 +2,7 @@
 
 Each candidate of `sources.py` is decoded wholly, made plain RGB, and written to the shards of
 `shards.py`. `inputs.csv` has a row for every input with what became of it; `manifest.json` counts
-the reasons, and the notes on pictures that were kept although something was wrong with them.
+the reasons, and the notes on images that were kept although something was wrong with them.
 """
 
 import csv
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sdtrain.data.images import DAMAGED_EXIF, BadPicture, clean_picture
+from sdtrain.data.images import DAMAGED_EXIF, BadImage, clean_image
 from sdtrain.data.shards import SPLITS, DatasetWriter
 from sdtrain.data.sources import Candidate, open_source
 from sdtrain.ground import randomness
@@ -31,8 +31,8 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
     """Read the source, write the shards to `out` and the counts to `metrics`.
 
     Raises:
-        InputError: the source can't be read, lacks a column, or leaves a split without pictures; or there isn't
-            enough memory to decode a picture.
+        InputError: the source can't be read, lacks a column, or leaves a split without images; or there isn't
+            enough memory to decode an image.
     """
     with new_folder(out) as folder, _scratch_folder(out) as scratch:
         source = open_source(params, seed, scratch)
@@ -43,7 +43,7 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
             table = csv.writer(file)
             table.writerow(["input", "outcome", "reason", "id"])
             num_read = 0
-            progress = tqdm(total=len(source.order), desc="dataset", unit="picture", disable=None)
+            progress = tqdm(total=len(source.order), desc="dataset", unit="image", disable=None)
             for candidate, row in _checked(map(source.read, source.order), params):
                 num_read += 1
                 progress.update()
@@ -51,7 +51,7 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
                     table.writerow([candidate.name, "dropped", row, ""])
                     outcomes[row.split(":")[0]] += 1
                     continue
-                # By pixels alone: copies stay on one side, and every seed holds out the same pictures.
+                # By pixels alone: copies stay on one side, and every seed holds out the same images.
                 held_out = randomness.uniform(0, "split", randomness.hash64(row.pop("pixels_sha256")))
                 split = "validation" if held_out < params.validation_fraction else "train"
                 note = row.pop("note")
@@ -69,7 +69,7 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
             progress.close()
         splits = {split: writer.close() for split, writer in writers.items()}
         reasons = dict(sorted(outcomes.items()))
-        _must_have_pictures(splits, reasons, params)
+        _must_have_images(splits, reasons, params)
         manifest = DatasetManifest(
             source=source.record,
             splits=splits,
@@ -108,16 +108,16 @@ def _scratch_folder(out: Path) -> Iterator[str]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _must_have_pictures(splits: dict[str, DatasetSplit], reasons: dict, params: DatasetParams) -> None:
+def _must_have_images(splits: dict[str, DatasetSplit], reasons: dict, params: DatasetParams) -> None:
     kept = sum(split.num_rows for split in splits.values())
     if not kept:
-        raise InputError(f"dataset.source = '{params.source}': no usable picture; dropped: {reasons or 'none found'}")
+        raise InputError(f"dataset.source = '{params.source}': no usable image; dropped: {reasons or 'none found'}")
     for split in SPLITS:
         if not splits[split].num_rows:
             way = "raise" if split == "validation" else "lower"
             raise InputError(
-                f"dataset.validation_fraction = {params.validation_fraction}: leaves no {split} picture "
-                f"of {kept}; {way} it, or add pictures"
+                f"dataset.validation_fraction = {params.validation_fraction}: leaves no {split} image "
+                f"of {kept}; {way} it, or add images"
             )
 
 
@@ -144,24 +144,24 @@ def _check(candidate: Candidate, background: str) -> dict | str:
     caption = " ".join(candidate.caption.split())
     if not caption:
         return "caption is empty"
-    if candidate.picture is None:
-        return "picture is missing"
+    if candidate.image is None:
+        return "image is missing"
     try:
-        data, picture, note = clean_picture(candidate.picture, background)
-    except BadPicture as fault:
+        data, image, note = clean_image(candidate.image, background)
+    except BadImage as fault:
         return str(fault)
     except MemoryError:  # dropped here, it would be kept on another machine
         raise InputError(
-            f"{candidate.name}: not enough memory to decode this picture; lower dataset.num_workers, "
-            "or take the picture out of the source"
+            f"{candidate.name}: not enough memory to decode this image; lower dataset.num_workers, "
+            "or take the image out of the source"
         ) from None
-    pixels = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
+    pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
     return {
         "id": hashlib.sha256(f"{pixels} {caption}".encode()).hexdigest()[:32],
         "pixels_sha256": pixels,
         "note": note,
         "image": data,
         "caption": caption,
-        "width": picture.width,
-        "height": picture.height,
+        "width": image.width,
+        "height": image.height,
     }

@@ -89,7 +89,7 @@ pipeline_tag: text-to-image
 ---
 # Fine-tuned with sdtrain {__version__}
 
-The UNet was trained for {config["step"]} of {config["num_steps"]} steps on {num_train} pictures, effective
+The UNet was trained for {config["step"]} of {config["num_steps"]} steps on {num_train} images, effective
 batch {train["batch_size"]}, learning rate {lr:g} ({train["lr_scheduler"]}), {train["prediction_type"]}
 prediction, seed {seed}; held-out loss {config["validation_loss"][params.weights]:.5f}. These are its {params.weights}
 weights. `training_config.json` holds every setting.
@@ -101,7 +101,7 @@ Base:
 from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
-pipeline("a prompt").images[0].save("picture.png")
+pipeline("a prompt").images[0].save("image.png")
 ```
 """
 

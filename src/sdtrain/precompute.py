@@ -1,7 +1,7 @@
-"""The latent cache: what the frozen VAE and the tokenizer make of every picture and caption.
+"""The latent cache: what the frozen VAE and the tokenizer make of every image and caption.
 
 It stores the VAE's posterior (mean and log-variance), not one sample of it, and where the mirror is
-wanted the mirrored picture's own encoding: latents can't be flipped.
+wanted the mirrored image's own encoding: latents can't be flipped.
 """
 
 import json
@@ -42,7 +42,7 @@ def precompute_latents(
         below, above = params.resolution // factor * factor, -(-params.resolution // factor) * factor
         raise InputError(
             f"precompute.resolution = {params.resolution}: must be a multiple of {factor}, by which the "
-            f"base's VAE reduces pictures; take {below or above} or {above}"
+            f"base's VAE reduces images; take {below or above} or {above}"
         )
     vae.to(device)
     max_token_id = 0
@@ -53,7 +53,7 @@ def precompute_latents(
         for split in SPLITS:
             rows, splits[split] = read_dataset(dataset, split), []
             progress = tqdm(
-                total=manifest.splits[split].num_rows, desc=f"precompute {split}", unit="picture", disable=None
+                total=manifest.splits[split].num_rows, desc=f"precompute {split}", unit="image", disable=None
             )
             while shard := list(islice(rows, _SHARD_ROWS)):
                 tensors = _encode_shard(params, seed, shard, vae, device, progress)
@@ -87,7 +87,7 @@ def precompute_latents(
     print(
         f"latents {statistics.shape}, scaled std {statistics.std:.3f}; "
         f"{counts['num_truncated_captions']} captions truncated to {tokenizer.model_max_length} tokens, "
-        f"{counts['num_upscaled']} pictures enlarged to {params.resolution} px"
+        f"{counts['num_upscaled']} images enlarged to {params.resolution} px"
     )
 
 
@@ -107,7 +107,7 @@ def _encode_shard(
                     bad = [row["id"] for row, ok in zip(batch, finite, strict=True) if not ok]
                     raise InputError(
                         f"the VAE's {name} isn't finite for {', '.join(bad)} (ids in inputs.csv); "
-                        "remove the pictures, or take another VAE"
+                        "remove the images, or take another VAE"
                     )
                 parts.setdefault(name + suffix, []).append(stored)
         progress.update(len(batch))
@@ -115,7 +115,7 @@ def _encode_shard(
 
 
 def _pixels(params: PrecomputeParams, seed: int, rows: list[dict]) -> np.ndarray:
-    """What the VAE sees of the pictures, float32 [len(rows), 3, resolution, resolution] in -1..1."""
+    """What the VAE sees of the images, float32 [len(rows), 3, resolution, resolution] in -1..1."""
     return np.stack(
         [
             square_pixels(decode_rgb(row["image"]), params.resolution, params.center_crop, seed, row["id"])

@@ -1,4 +1,4 @@
-"""The grid: base beside trained, the same prompts and seeds, captions under the pictures."""
+"""The grid: base beside trained, the same prompts and seeds, captions under the images."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ _MARGIN_PX = 8
 
 
 def sample_grid(params: SampleParams, seed: int, base: Path, model: Path, out: Path) -> None:
-    """Draw `out/grid.png`: a row per prompt, the base's pictures left and the trained model's right."""
+    """Draw `out/grid.png`: a row per prompt, the base's images left and the trained model's right."""
     columns = {
         name: _draw(params, seed, load_pipeline(folder)) for name, folder in (("base", base), ("trained", model))
     }
@@ -23,7 +23,7 @@ def sample_grid(params: SampleParams, seed: int, base: Path, model: Path, out: P
 
 
 def draw_grid(columns: dict[str, list[list[Image.Image]]], captions: list[str]) -> Image.Image:
-    """Lay out pictures: a headed column per name, a row per caption, [name][row][picture]."""
+    """Lay out images: a headed column per name, a row per caption, [name][row][image]."""
     num = len(next(iter(columns.values()))[0])
     scale = max(1, -(-_MIN_CELL_PX // next(iter(columns.values()))[0][0].width))
     cell = next(iter(columns.values()))[0][0].width * scale
@@ -39,10 +39,10 @@ def draw_grid(columns: dict[str, list[list[Image.Image]]], captions: list[str]) 
         draw.text((number * column_width + _MARGIN_PX, _MARGIN_PX), name, fill="black", font=font)
     top = line + 2 * _MARGIN_PX
     for row, (lines, height) in enumerate(zip(texts, row_heights, strict=True)):
-        for number, pictures in enumerate(columns.values()):
-            for place, picture in enumerate(pictures[row]):
+        for number, images in enumerate(columns.values()):
+            for place, image in enumerate(images[row]):
                 left = number * column_width + _MARGIN_PX + place * (cell + _MARGIN_PX)
-                grid.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (left, top))
+                grid.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (left, top))
         for number, text in enumerate(lines):
             draw.text((_MARGIN_PX, top + cell + 2 + number * line), text, fill="black", font=font)
         top += height
@@ -50,7 +50,7 @@ def draw_grid(columns: dict[str, list[list[Image.Image]]], captions: list[str]) 
 
 
 def _draw(params: SampleParams, seed: int, pipeline: StableDiffusionPipeline) -> list[list[Image.Image]]:
-    """Pictures [prompt][picture]."""
+    """Images [prompt][image]."""
     num = params.images_per_prompt
     images = generate(
         pipeline,

@@ -48,8 +48,8 @@ A_CAT = [514, 320, 513, 515]
 """Start, `a</w>`, `cat</w>`, end. Of 256 + 256 + 2 + 2 tokens the last are 513, 514 and 515; the
 alphabet starts with `!` (33), so that `a` (97) is its 64th, and `a</w>` 256 later."""
 
-NUM_PICTURES, BROKEN = 12, 5
-CAPTIONS = [f"picture {number}" for number in range(NUM_PICTURES)]
+NUM_IMAGES, BROKEN = 12, 5
+CAPTIONS = [f"image {number}" for number in range(NUM_IMAGES)]
 
 
 # ---------------------------------------------------------------- models
@@ -175,11 +175,11 @@ SD15_NEEDED = {
 
 
 @pytest.fixture(scope="session")
-def pictures() -> list[bytes]:
+def images() -> list[bytes]:
     """Twelve PNG files of one colour each, of which the sixth is broken."""
-    pictures = [png((20 * number, 255 - 20 * number, 7 * number)) for number in range(NUM_PICTURES)]
-    pictures[BROKEN] = pictures[BROKEN][:40]
-    return pictures
+    images = [png((20 * number, 255 - 20 * number, 7 * number)) for number in range(NUM_IMAGES)]
+    images[BROKEN] = images[BROKEN][:40]
+    return images
 
 
 def png(color: tuple[int, int, int]) -> bytes:
@@ -188,32 +188,32 @@ def png(color: tuple[int, int, int]) -> bytes:
     return buffer.getvalue()
 
 
-def as_parquet(pictures: list[bytes], captions: list[str]) -> bytes:
+def as_parquet(images: list[bytes], captions: list[str]) -> bytes:
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    stored = [{"bytes": picture, "path": None} for picture in pictures]
+    stored = [{"bytes": image, "path": None} for image in images]
     buffer = io.BytesIO()
     datasets.Dataset.from_dict({"image": stored, "text": captions}, features=features).to_parquet(buffer)
     return buffer.getvalue()
 
 
-def parquet_files(pictures: list[bytes]) -> Files:
+def parquet_files(images: list[bytes]) -> Files:
     """A repository with the splits train and test, as `push_to_hub` lays them out."""
     return {
-        "data/train-00000-of-00001.parquet": as_parquet(pictures, CAPTIONS),
-        "data/test-00000-of-00001.parquet": as_parquet(pictures[:1], ["a test picture"]),
+        "data/train-00000-of-00001.parquet": as_parquet(images, CAPTIONS),
+        "data/test-00000-of-00001.parquet": as_parquet(images[:1], ["a test image"]),
     }
 
 
-def image_folder(pictures: list[bytes]) -> Files:
+def image_folder(images: list[bytes]) -> Files:
     lines = [json.dumps({"file_name": f"{n:02}.png", "text": caption}) for n, caption in enumerate(CAPTIONS)]
-    files = {f"train/{n:02}.png": picture for n, picture in enumerate(pictures)}
+    files = {f"train/{n:02}.png": image for n, image in enumerate(images)}
     return {**files, "train/metadata.jsonl": "\n".join(lines).encode()}
 
 
-def zipped_image_folder(pictures: list[bytes]) -> Files:
+def zipped_image_folder(images: list[bytes]) -> Files:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for path, data in image_folder(pictures).items():
+        for path, data in image_folder(images).items():
             archive.writestr(path.removeprefix("train/"), data)
     return {"data/train.zip": buffer.getvalue()}
 
@@ -352,8 +352,8 @@ def test_diffusers_loads_what_was_fetched(hub, client, make_model, out):
     succeed(client.resolve_base(out, source="hub", repo="acme/sharded"))
 
     pipeline = load_pipeline(out)
-    pictures = pipeline("a cat", num_inference_steps=1, output_type="np").images
-    assert pictures.shape == (1, 64, 64, 3)
+    images = pipeline("a cat", num_inference_steps=1, output_type="np").images
+    assert images.shape == (1, 64, 64, 3)
     stored = {path: data for path, data in read_folder(out).items() if path.startswith("unet/")}
     assert stored == part_of(files, "unet")
 
@@ -681,7 +681,7 @@ NOT_THE_API = {
 
 @pytest.mark.parametrize("case", NOT_THE_API)
 @pytest.mark.parametrize("section", ["base", "dataset"])
-def test_what_is_not_the_api_is_refused(hub, client, home, model, pictures, out, section, case):
+def test_what_is_not_the_api_is_refused(hub, client, home, model, images, out, section, case):
     what, fault, cause = NOT_THE_API[case]
     repo = named("not the api", section, case)
     before = {path for path in home.rglob("*") if "not-the-api" in path.name or path.name == "x"}
@@ -690,7 +690,7 @@ def test_what_is_not_the_api_is_refused(hub, client, home, model, pictures, out,
         hub.misbehave(repo, what, fault)
         message = refusal(client.resolve_base, out, source="hub", repo=repo)
     else:
-        hub.add(repo, parquet_files(pictures), kind="datasets")
+        hub.add(repo, parquet_files(images), kind="datasets")
         hub.misbehave(repo, what, fault)
         message = refusal(client.build_dataset, out, repo=repo, **HUB_DATA)
     assert message.startswith(
@@ -833,10 +833,10 @@ LOCAL_DATA = "set dataset.source: imagefolder and dataset.path to a folder on th
         (zipped_image_folder, "row {0} zip://{0:02}.png::data/train.zip"),
     ],
 )
-def test_every_picture_of_a_hub_data_set_is_accounted_for(hub, client, pictures, out, layout, name):
+def test_every_image_of_a_hub_data_set_is_accounted_for(hub, client, images, out, layout, name):
     """Inputs go by names that are the same on every machine, wherever the hub's cache lies."""
     repo = f"acme/{layout.__name__}"
-    commit = hub.add(repo, layout(pictures), kind="datasets")
+    commit = hub.add(repo, layout(images), kind="datasets")
 
     printed = succeed(client.build_dataset(out, repo=repo, **HUB_DATA))
 
@@ -855,27 +855,27 @@ def test_every_picture_of_a_hub_data_set_is_accounted_for(hub, client, pictures,
     }
     assert len(splits["train"]) + len(splits["validation"]) == 11
     kept = {row["caption"]: row["image"] for rows in splits.values() for row in rows}
-    assert kept == {CAPTIONS[n]: pictures[n] for n in range(NUM_PICTURES) if n != BROKEN}
+    assert kept == {CAPTIONS[n]: images[n] for n in range(NUM_IMAGES) if n != BROKEN}
     with (out / "inputs.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["input"] for row in rows] == [name.format(n) for n in range(NUM_PICTURES)]
+    assert [row["input"] for row in rows] == [name.format(n) for n in range(NUM_IMAGES)]
     assert [n for n, row in enumerate(rows) if row["outcome"] == "dropped"] == [BROKEN]
     assert rows[BROKEN]["reason"].startswith("can't be decoded: ")
 
 
-def test_a_damaged_zip_member_is_dropped(hub, client, pictures, out):
-    files = zipped_image_folder(pictures)
+def test_a_damaged_zip_member_is_dropped(hub, client, images, out):
+    files = zipped_image_folder(images)
     stored = files["data/train.zip"]
-    at = stored.index(pictures[3]) + 45  # among the picture's compressed pixels: its checksum in the archive fails
+    at = stored.index(images[3]) + 45  # among the image's compressed pixels: its checksum in the archive fails
     files["data/train.zip"] = stored[:at] + bytes([stored[at] ^ 0xFF]) + stored[at + 1 :]
     hub.add("acme/damaged", files, kind="datasets")
     succeed(client.build_dataset(out, repo="acme/damaged", **HUB_DATA))
     assert read_json(out / "manifest.json")["dropped"] == {"can't be decoded": 2}
 
 
-def test_a_data_set_is_read_at_the_commit_that_is_recorded(hub, client, pictures, out):
-    old = hub.add("acme/growing", {"train.parquet": as_parquet(pictures[:5], CAPTIONS[:5])}, kind="datasets", tag="v1")
-    new = hub.add("acme/growing", {"train.parquet": as_parquet(pictures, CAPTIONS)}, kind="datasets")
+def test_a_data_set_is_read_at_the_commit_that_is_recorded(hub, client, images, out):
+    old = hub.add("acme/growing", {"train.parquet": as_parquet(images[:5], CAPTIONS[:5])}, kind="datasets", tag="v1")
+    new = hub.add("acme/growing", {"train.parquet": as_parquet(images, CAPTIONS)}, kind="datasets")
     found = {}
     for revision in (None, "v1"):
         succeed(client.build_dataset(out, repo="acme/growing", revision=revision, **HUB_DATA))
@@ -914,8 +914,8 @@ def test_a_data_set_is_read_at_the_commit_that_is_recorded(hub, client, pictures
     ],
     ids=["no repository", "moved", "no revision", "no split", "no caption column", "no image column"],
 )
-def test_a_wrong_name_in_a_data_set_is_refused(hub, client, pictures, out, changes, message):
-    hub.add("acme/shapes", parquet_files(pictures), kind="datasets")
+def test_a_wrong_name_in_a_data_set_is_refused(hub, client, images, out, changes, message):
+    hub.add("acme/shapes", parquet_files(images), kind="datasets")
     assert refusal(client.build_dataset, out, **HUB_DATA, **changes) == message
 
 
@@ -946,14 +946,14 @@ def test_a_data_set_that_cannot_be_read_is_refused(hub, client, out, files, caus
     assert "\n" not in message
 
 
-def test_a_gated_data_set_is_named_so(hub, client, pictures, out):
-    hub.add("acme/gated-data", parquet_files(pictures), kind="datasets", gated=True)
+def test_a_gated_data_set_is_named_so(hub, client, images, out):
+    hub.add("acme/gated-data", parquet_files(images), kind="datasets", gated=True)
     message = refusal(client.build_dataset, out, repo="acme/gated-data", **HUB_DATA)
     assert message.startswith("dataset.repo = 'acme/gated-data': can't be read: ")
     assert "'acme/gated-data' is a gated dataset on the Hub" in message
 
 
-def test_without_a_network_the_way_to_local_pictures_is_named(lonely_client, nowhere, out):
+def test_without_a_network_the_way_to_local_images_is_named(lonely_client, nowhere, out):
     message = refusal(lonely_client.build_dataset, out, repo="acme/shapes", **HUB_DATA)
     assert message.startswith(
         f"dataset.repo = 'acme/shapes': can't reach the hub at {nowhere}; check the network, or {LOCAL_DATA} ("
@@ -969,8 +969,8 @@ def test_offline_mode_is_named_for_a_data_set(offline_client, out):
 # ---------------------------------------------------------------- dataset: what goes wrong on the way
 
 
-def with_card(pictures: list[bytes]) -> Files:
-    return {**parquet_files(pictures), "README.md": b"---\ndataset_info: {dataset_name: shapes}\n---\nA card.\n"}
+def with_card(images: list[bytes]) -> Files:
+    return {**parquet_files(images), "README.md": b"---\ndataset_info: {dataset_name: shapes}\n---\nA card.\n"}
 
 
 DATA_FILES = [
@@ -988,9 +988,9 @@ def whole(answer: Response) -> Response:
 
 
 @pytest.mark.parametrize(("layout", "path"), DATA_FILES)
-def test_a_data_file_that_arrives_damaged_twice_is_refused(hub, client, pictures, out, layout, path):
+def test_a_data_file_that_arrives_damaged_twice_is_refused(hub, client, images, out, layout, path):
     repo = named("damaged", layout.__name__, path)
-    commit = hub.add(repo, layout(pictures), kind="datasets")
+    commit = hub.add(repo, layout(images), kind="datasets")
     hub.misbehave(repo, path, whole)
     message = refusal(client.build_dataset, out, repo=repo, **HUB_DATA)
     assert message.startswith(f"dataset.repo = '{repo}': {path} at commit {commit}: has ")
@@ -998,10 +998,10 @@ def test_a_data_file_that_arrives_damaged_twice_is_refused(hub, client, pictures
 
 
 @pytest.mark.parametrize(("layout", "path"), DATA_FILES)
-def test_a_data_file_that_is_damaged_in_the_cache_is_fetched_again(hub, client, home, pictures, out, layout, path):
+def test_a_data_file_that_is_damaged_in_the_cache_is_fetched_again(hub, client, home, images, out, layout, path):
     """Also where Datasets has made a table of it before."""
     repo = named("rotten", layout.__name__, path)
-    files = layout(pictures)
+    files = layout(images)
     commit = hub.add(repo, files, kind="datasets")
     cached = home / "hub" / f"datasets--{repo.replace('/', '--')}" / "snapshots" / commit / path
     succeed(client.build_dataset(out, repo=repo, **HUB_DATA))
@@ -1019,18 +1019,18 @@ def rows_of(out: Path) -> list[dict]:
     return [row for split in ("train", "validation") for row in read_dataset(out, split)]
 
 
-def test_a_table_made_of_damaged_files_is_not_used_again(hub, client, home, pictures, out):
-    """Its pictures are those of the files that were checked, whatever a cache of Datasets holds."""
-    hub.add("acme/tables", image_folder(pictures), kind="datasets")
+def test_a_table_made_of_damaged_files_is_not_used_again(hub, client, home, images, out):
+    """Its images are those of the files that were checked, whatever a cache of Datasets holds."""
+    hub.add("acme/tables", image_folder(images), kind="datasets")
     succeed(client.build_dataset(out, repo="acme/tables", **HUB_DATA))
     assert not [path for path in home.rglob("*.arrow") if "tables" in str(path)]
 
 
 @pytest.mark.parametrize("fault", ["reset", "cut off", "503"])
 @pytest.mark.parametrize("what", [INFO, TREE, "data/train-00000-of-00001.parquet"])
-def test_a_fault_of_the_network_is_waited_out_for_a_data_set(hub, client, pictures, out, what, fault):
+def test_a_fault_of_the_network_is_waited_out_for_a_data_set(hub, client, images, out, what, fault):
     repo = named("weak data", what, fault)
-    hub.add(repo, parquet_files(pictures), kind="datasets")
+    hub.add(repo, parquet_files(images), kind="datasets")
     hub.misbehave(repo, what, FAULTS[fault], times=3)
     printed = succeed(client.build_dataset(out, repo=repo, **HUB_DATA))
     assert WAITS.findall(printed)[:3] == [("0.01", "2"), ("0.02", "3"), ("0.04", "4")]
@@ -1038,10 +1038,10 @@ def test_a_fault_of_the_network_is_waited_out_for_a_data_set(hub, client, pictur
 
 
 @pytest.mark.parametrize("num_right", [0, 1, 2])
-def test_a_lasting_fault_of_the_network_is_refused_for_a_data_set(hub, client, pictures, out, num_right):
+def test_a_lasting_fault_of_the_network_is_refused_for_a_data_set(hub, client, images, out, num_right):
     """Whoever asks: we do first, Datasets after us."""
     repo = f"acme/down-data-{num_right}"
-    hub.add(repo, parquet_files(pictures), kind="datasets")
+    hub.add(repo, parquet_files(images), kind="datasets")
     if num_right:
         hub.misbehave(repo, TREE, lambda answer: answer, times=num_right)
     hub.misbehave(repo, TREE, refused(503, "Down for repair"))
@@ -1049,11 +1049,11 @@ def test_a_lasting_fault_of_the_network_is_refused_for_a_data_set(hub, client, p
     assert message == f"dataset.repo = '{repo}': the hub answered 503: Down for repair (tried 5 times)"
 
 
-def test_files_of_another_commit_are_refused(hub, client, pictures, out):
+def test_files_of_another_commit_are_refused(hub, client, images, out):
     """As a card may name them: which they are at that moment isn't recorded, and nothing vouches for them."""
     elsewhere = "hf://datasets/acme/mixed@v1/data/train*.parquet"
     card = f"---\nconfigs:\n- {{config_name: default, data_files: '{elsewhere}'}}\n---\n".encode()
-    hub.add("acme/mixed", parquet_files(pictures), kind="datasets", tag="v1")
+    hub.add("acme/mixed", parquet_files(images), kind="datasets", tag="v1")
     commit = hub.add("acme/mixed", {"README.md": card}, kind="datasets")
     assert refusal(client.build_dataset, out, repo="acme/mixed", **HUB_DATA) == (
         f"dataset.repo = 'acme/mixed': names files outside commit {commit}, which can't be checked: "
@@ -1064,9 +1064,9 @@ def test_files_of_another_commit_are_refused(hub, client, pictures, out):
 def test_files_with_odd_names_are_found(hub, client, out):
     """Names that are patterns, or parts of addresses, elsewhere; among enough others for one progress bar."""
     names = ["[00] a.png", "b#1.png", "c 100%20.png", "d?x=1.png", "é.png", *(f"{n}.png" for n in range(20))]
-    pictures = [png((n, 2 * n, 3 * n)) for n in range(len(names))]
+    images = [png((n, 2 * n, 3 * n)) for n in range(len(names))]
     lines = [json.dumps({"file_name": name, "text": name}) for name in names]
-    files = {f"train/{name}": picture for name, picture in zip(names, pictures, strict=True)}
+    files = {f"train/{name}": image for name, image in zip(names, images, strict=True)}
     hub.add("acme/odd", {**files, "train/metadata.jsonl": "\n".join(lines).encode()}, kind="datasets")
     succeed(client.build_dataset(out, repo="acme/odd", **HUB_DATA))
-    assert {row["caption"]: row["image"] for row in rows_of(out)} == dict(zip(names, pictures, strict=True))
+    assert {row["caption"]: row["image"] for row in rows_of(out)} == dict(zip(names, images, strict=True))

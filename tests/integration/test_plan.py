@@ -20,8 +20,8 @@ from sdtrain.precompute import precompute_latents
 from sdtrain.sample import sample_grid
 from sdtrain.tools.plan.base import find_base, latent_shape
 from sdtrain.tools.plan.disk import disk_items
+from sdtrain.tools.plan.images import count_images
 from sdtrain.tools.plan.made import find_made
-from sdtrain.tools.plan.pictures import count_pictures
 from sdtrain.tools.plan.sizes import folder_bytes
 from sdtrain.training.memory import training_costs
 from tests.conftest import ROOT, shrunk_tree
@@ -65,8 +65,8 @@ def test_the_plan_says_what_the_params_will_do(command, workspace):
     train = {"max_steps": None, "max_epochs": 3, "batch_size": 8, "micro_batch_size": 2, "lr": 1e-4}
     scaling = {"lr_scaling": "sqrt", "lr_reference_batch_size": 2}
     plan = lines_of(command("plan", train={**train, **scaling}))
-    assert plan["pictures"].startswith(f"{num_train} to train on, 4 held out")
-    assert plan["steps"].startswith(f"{-(-3 * num_train // 8)} of 8 pictures, 3.0 epochs")
+    assert plan["images"].startswith(f"{num_train} to train on, 4 held out")
+    assert plan["steps"].startswith(f"{-(-3 * num_train // 8)} of 8 images, 3.0 epochs")
     assert plan["effective batch"] == "8 = 1 processes x 4 micro-batches x 2"
     assert plan["learning rate"].startswith("0.0002 at its top, cosine")
     assert plan["trained"].startswith("2,839,268 parameters")
@@ -96,20 +96,20 @@ def test_the_plan_finds_the_saved_state(command, workspace, tmp_path):
 
 def test_before_anything_is_made_the_plan_reads_the_params(command, nothing):
     plan = lines_of(command("plan", places=nothing, dataset={"num_scenes": 1000}))
-    assert plan["pictures"].startswith("900 to train on, 100 held out (about, by dataset.num_scenes")
+    assert plan["images"].startswith("900 to train on, 100 held out (about, by dataset.num_scenes")
     assert plan["trained"].startswith("2,839,268 parameters")
     assert plan["resume"] == "not known before base and latents are there"
 
 
-def test_steps_are_unknown_only_where_they_hang_on_pictures_that_are_not_counted(command, nothing, tmp_path):
+def test_steps_are_unknown_only_where_they_hang_on_images_that_are_not_counted(command, nothing, tmp_path):
     dataset = {"source": "imagefolder", "path": str(tmp_path / "none")}
     plan = lines_of(command("plan", places=nothing, dataset=dataset))
-    assert plan["pictures"] == f"unknown (dataset.path = '{tmp_path}/none' isn't there)"
-    assert plan["steps"] == "4 of 8 pictures, epochs unknown until the pictures are counted (train.max_steps)"
+    assert plan["images"] == f"unknown (dataset.path = '{tmp_path}/none' isn't there)"
+    assert plan["steps"] == "4 of 8 images, epochs unknown until the images are counted (train.max_steps)"
     assert plan["validations"].startswith("3, of up to 8 noised latents each")
     assert plan["disk"].startswith("at least ")
     epochs = lines_of(command("plan", places=nothing, dataset=dataset, train={"max_steps": None, "max_epochs": 3}))
-    assert epochs["steps"] == "3 epochs, steps of 8 pictures unknown until the pictures are counted (train.max_epochs)"
+    assert epochs["steps"] == "3 epochs, steps of 8 images unknown until the images are counted (train.max_epochs)"
     assert epochs["validations"].startswith("one every 2 steps, of up to 8")
     assert epochs["memory"] == plan["memory"]
 
@@ -120,12 +120,12 @@ def test_folders_of_other_params_are_named_and_not_counted(command, workspace, t
     assert (
         f"out of date      {workspace.latents} was made with precompute.resolution = 64, params.yaml says 128" in plan
     )
-    assert lines_of(plan)["pictures"].endswith(f"(counted in {workspace.dataset})")
+    assert lines_of(plan)["images"].endswith(f"(counted in {workspace.dataset})")
     assert "4 x 16 x 16" in lines_of(plan)["disk latents"]
 
     plan = command("plan", dataset={"num_scenes": 90})
     assert f"out of date      {workspace.dataset} was made from another source" in plan
-    assert lines_of(plan)["pictures"].startswith("81 to train on, 9 held out (about")
+    assert lines_of(plan)["images"].startswith("81 to train on, 9 held out (about")
 
     shutil.copytree(ROOT / "data" / "builtin", tmp_path / "other")
     plan = command("plan", base={"path": str(tmp_path / "other")})
@@ -169,9 +169,9 @@ def items_of(params, files, dataset: Path) -> dict:
     made = find_made(params, files, dataset)
     base = find_base(params.base, files.base, made.base)
     shape = latent_shape(base.configs, params.precompute.resolution)
-    pictures = count_pictures(params.dataset, params.seed, files.latents, dataset, made)
+    images = count_images(params.dataset, params.seed, files.latents, dataset, made)
     costs = training_costs(base.configs, params.method, params.train, shape)
-    return {item.name: item for item in disk_items(params, base, pictures, costs, shape, made)}
+    return {item.name: item for item in disk_items(params, base, images, costs, shape, made)}
 
 
 def test_estimates_come_true(workspace, run, make_params, tmp_path):
@@ -197,7 +197,7 @@ def test_estimates_come_true(workspace, run, make_params, tmp_path):
     assert counted["base"].num_bytes == folder_bytes(workspace.base)
 
 
-def test_mirrors_and_both_splits_are_in_the_latents(workspace, make_params, tmp_path):
+def test_flipped_images_and_both_splits_are_in_the_latents(workspace, make_params, tmp_path):
     plain = make_params(base=BUILTIN)
     params = plain.model_copy(update={"precompute": plain.precompute.model_copy(update={"random_flip": True})})
     plan = items_of(params, workspace.files(tmp_path, base=tmp_path / "no", latents=tmp_path / "no"), tmp_path / "no")
@@ -230,7 +230,7 @@ def test_what_is_there_already_is_not_needed_again(command, workspace):
     )
 
 
-# ---------------------------------------------------------------- pictures on the disk
+# ---------------------------------------------------------------- images on the disk
 
 
 def png(size: int = 8) -> bytes:
@@ -239,12 +239,12 @@ def png(size: int = 8) -> bytes:
     return buffer.getvalue()
 
 
-def write_pictures(folder: Path, source: str, num: int) -> None:
+def write_images(folder: Path, source: str, num: int) -> None:
     folder.mkdir()
     if source == "imagefolder":
         for number in range(num):
             (folder / f"{number}.png").write_bytes(png())
-            (folder / f"{number}.txt").write_text(f"picture {number}")
+            (folder / f"{number}.txt").write_text(f"image {number}")
     elif source == "parquet":
         features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
         rows = {"image": [{"bytes": png(), "path": None}] * num, "text": [str(n) for n in range(num)]}
@@ -253,35 +253,35 @@ def write_pictures(folder: Path, source: str, num: int) -> None:
         for shard in range(2):
             with tarfile.open(folder / f"{shard}.tar", "w") as tar:
                 for number in range(num // 2):
-                    for suffix, data in ((".png", png()), (".txt", b"a picture")):
+                    for suffix, data in ((".png", png()), (".txt", b"an image")):
                         member = tarfile.TarInfo(f"{number:03}{suffix}")
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
 
 
 @pytest.mark.parametrize("source", ["imagefolder", "parquet", "webdataset"])
-def test_pictures_on_the_disk_are_counted_before_any_stage(command, nothing, tmp_path, source):
-    write_pictures(tmp_path / "mine", source, 200)
+def test_images_on_the_disk_are_counted_before_any_stage(command, nothing, tmp_path, source):
+    write_images(tmp_path / "mine", source, 200)
     dataset = {"source": source, "path": str(tmp_path / "mine")}
     plan = lines_of(command("plan", places=nothing, dataset=dataset))
-    assert plan["pictures"].startswith("180 to train on, 20 held out (about, ")
-    assert plan["steps"].startswith("4 of 8 pictures, 0.2 epochs")
+    assert plan["images"].startswith("180 to train on, 20 held out (about, ")
+    assert plan["steps"].startswith("4 of 8 images, 0.2 epochs")
     limited = lines_of(command("plan", places=nothing, dataset={**dataset, "max_train_samples": 90}))
-    assert limited["pictures"].startswith("90 to train on, 10 held out (about, ")
+    assert limited["images"].startswith("90 to train on, 10 held out (about, ")
     all_bytes, half = (float(p["disk dataset"].split(" MiB")[0]) for p in (plan, limited))
     assert half == pytest.approx(all_bytes / 2, abs=0.01)
 
 
 def test_a_split_may_be_empty_by_rounding(command, nothing):
     plan = lines_of(command("plan", places=nothing, dataset={"num_scenes": 1, "validation_fraction": 0.9}))
-    assert plan["pictures"].startswith("0 to train on, 1 held out (about")
+    assert plan["images"].startswith("0 to train on, 1 held out (about")
     plan = lines_of(command("plan", places=nothing, dataset={"num_scenes": 1, "validation_fraction": 0.1}))
     assert plan["validations"].startswith("3, of 0 noised latents each")
 
 
 @pytest.mark.parametrize(("source", "name"), [("parquet", "a.parquet"), ("webdataset", "a.tar")])
-def test_damaged_files_leave_the_pictures_unknown(command, nothing, tmp_path, source, name):
+def test_damaged_files_leave_the_images_unknown(command, nothing, tmp_path, source, name):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_bytes(b"no such thing" * 100)
     plan = lines_of(command("plan", places=nothing, dataset={"source": source, "path": str(tmp_path / "mine")}))
-    assert plan["pictures"].startswith(f"unknown (dataset.path = '{tmp_path}/mine' can't be read: ")
+    assert plan["images"].startswith(f"unknown (dataset.path = '{tmp_path}/mine' can't be read: ")

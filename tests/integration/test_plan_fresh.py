@@ -26,7 +26,7 @@ dataset_info:
   features: [{name: image, dtype: image}, {name: text, dtype: string}]
   splits: [{name: train, num_bytes: 119417305, num_examples: 833}]
 ---
-# Captioned pictures
+# Captioned images
 """
 
 
@@ -95,7 +95,7 @@ def plan_of(client: HubClient, clone: Path, recipe: str = "sd15.yaml", **changes
 @pytest.mark.parametrize("kind", ["lonely_client", "offline_client"])
 def test_every_recipe_is_planned_without_a_network(request, clone, kind, recipe):
     plan = plan_of(request.getfixturevalue(kind), clone, recipe)
-    known = {"pictures", "steps", "trained", "memory", "disk", "dvc push", "validations", "resume", "time"}
+    known = {"images", "steps", "trained", "memory", "disk", "dvc push", "validations", "resume", "time"}
     items = {f"disk {name}" for name in ("base", "dataset", "latents", "states", "checkpoints", "model", "samples")}
     assert {*known, *items, "disk DVC cache"} <= plan.keys()
     assert "(train.max_steps)" in plan["steps"]
@@ -107,8 +107,8 @@ def test_stable_diffusion_is_planned_without_a_network(lonely_client, clone):
         "unet 859,520,964, vae 83,653,863, text_encoder 123,060,480 parameters (the known SD 1.x structure, because "
         f"base.repo = '{SD15}': can't reach the hub at http://127.0.0.1:"
     )
-    assert plan["pictures"].startswith(f"unknown (dataset.repo = '{POKEMON}': can't reach the hub at ")
-    assert plan["steps"].startswith("4,000 of 16 pictures, epochs unknown until the pictures are counted")
+    assert plan["images"].startswith(f"unknown (dataset.repo = '{POKEMON}': can't reach the hub at ")
+    assert plan["steps"].startswith("4,000 of 16 images, epochs unknown until the images are counted")
     assert plan["memory"].startswith("about 19.98 GiB per process")
     # In fp32, 4 * (859,520,964 + 83,653,863 + 123,060,480) bytes are 3.97 GiB; the UNet alone takes 3.20 GiB, a
     # checkpoint (raw, EMA) 6.40, a state (and two moments) 12.81, three states and three checkpoints 57.64
@@ -116,7 +116,7 @@ def test_stable_diffusion_is_planned_without_a_network(lonely_client, clone):
     assert plan["disk states"].startswith("57.64 GiB (")
     assert plan["disk checkpoints"].startswith("12.81 GiB (1 best and the last, 6.40 GiB each")
     assert plan["disk model"].startswith("1.99 GiB (about, fp16)")
-    assert plan["disk latents"] == "unknown (128.6 KiB a picture: 4 x 64 x 64, and its mirror)"
+    assert plan["disk latents"] == "unknown (128.6 KiB per image: 4 x 64 x 64, plain and flipped)"
     assert plan["dvc push"].startswith("at least 18.78 GiB without dataset and latents: base 3.97 GiB, dataset unknown")
     assert plan["disk"].startswith("at least 99.16 GiB in all without dataset and latents")
 
@@ -124,7 +124,7 @@ def test_stable_diffusion_is_planned_without_a_network(lonely_client, clone):
 def test_offline_mode_is_named(offline_client, clone):
     plan = plan_of(offline_client, clone)
     assert f"base.repo = '{SD15}': HF_HUB_OFFLINE is set" in plan["base"]
-    assert f"dataset.repo = '{POKEMON}': HF_HUB_OFFLINE is set" in plan["pictures"]
+    assert f"dataset.repo = '{POKEMON}': HF_HUB_OFFLINE is set" in plan["images"]
 
 
 def test_of_the_hub_only_configs_and_the_card_are_asked(hub, client, clone):
@@ -134,14 +134,14 @@ def test_of_the_hub_only_configs_and_the_card_are_asked(hub, client, clone):
     assert hub.asked_for(SD15) == CONFIGS
     assert hub.asked_for(POKEMON) == set()
     assert plan["base"].endswith(f"(configs of {SD15}, asked of the hub)")
-    assert plan["pictures"] == f"750 to train on, 83 held out (about, the card of {POKEMON} on the hub)"
-    assert plan["steps"] == "4,000 of 16 pictures, 85.3 epochs (train.max_steps)"
+    assert plan["images"] == f"750 to train on, 83 held out (about, the card of {POKEMON} on the hub)"
+    assert plan["steps"] == "4,000 of 16 images, 85.3 epochs (train.max_steps)"
     # 833 x (2 views x 2 x 2 x 16,384 bytes, 77 ids of 8 and a name of 38), 4 probes of 3 x 512 x 512 x 4
-    assert plan["disk latents"].startswith(f"{(833 * (131_072 + 654) + 4 * 3_145_728) / 2**20:.2f} MiB (128.6 KiB a")
+    assert plan["disk latents"].startswith(f"{(833 * (131_072 + 654) + 4 * 3_145_728) / 2**20:.2f} MiB (128.6 KiB p")
     assert plan["disk dataset"].startswith(f"{(119_417_305 + 833 * 170) / 2**20:.2f} MiB (about, the card")
     assert plan["disk"].startswith("about ")
     epochs = plan_of(client, clone, base={"revision": revision}, train={"max_steps": None, "max_epochs": 10})
-    assert epochs["steps"] == "469 of 16 pictures, 10.0 epochs (train.max_epochs)"
+    assert epochs["steps"] == "469 of 16 images, 10.0 epochs (train.max_epochs)"
 
 
 def test_configs_in_the_hub_clients_cache_serve_offline(hub, client, offline_client, offline_home, clone):
@@ -194,11 +194,11 @@ def test_a_hub_that_refuses_leaves_the_known_structure(hub, client, clone, name,
 
 
 @pytest.mark.parametrize("card", ["", "---\nlicense: mit\n---\n", CARD.replace("name: train", "name: test")])
-def test_a_card_that_says_nothing_leaves_the_pictures_unknown(hub, client, clone, card):
-    hub.add("acme/pictures", {"README.md": card.encode()}, kind="datasets")
-    plan = plan_of(client, clone, dataset={"repo": "acme/pictures"})
-    assert plan["pictures"] == "unknown (the card of acme/pictures on the hub doesn't say)"
-    assert plan["disk dataset"] == "unknown (see pictures)"
+def test_a_card_that_says_nothing_leaves_the_images_unknown(hub, client, clone, card):
+    hub.add("acme/images", {"README.md": card.encode()}, kind="datasets")
+    plan = plan_of(client, clone, dataset={"repo": "acme/images"})
+    assert plan["images"] == "unknown (the card of acme/images on the hub doesn't say)"
+    assert plan["disk dataset"] == "unknown (see images)"
 
 
 def test_a_local_base_that_is_not_there_is_refused(client, clone):

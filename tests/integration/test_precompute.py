@@ -35,7 +35,7 @@ def test_every_row_is_the_vae_s_posterior_and_the_caption_s_tokens(workspace):
         assert torch.equal(input_ids, tokenize(tokenizer, [rows[index]["caption"]])[0])
 
 
-def test_the_mirror_is_an_encoding_of_its_own(workspace, tmp_path):
+def test_the_flipped_image_has_an_encoding_of_its_own(workspace, tmp_path):
     shards = precompute(workspace, tmp_path, random_flip=True)
     row = next(read_dataset(workspace.dataset, "train"))
     pixels = torch.from_numpy(square_pixels(decode_rgb(row["image"]), 64, True, 0, row["id"]))
@@ -52,7 +52,7 @@ def test_scaled_latents_have_unit_spread(workspace):
     assert metrics["num_upscaled"] == 0
 
 
-def test_enlarged_pictures_are_counted(workspace, tmp_path):
+def test_enlarged_images_are_counted(workspace, tmp_path):
     precompute(workspace, tmp_path, resolution=128)
     assert json.loads((tmp_path / "m.json").read_text())["num_upscaled"] == 60
 

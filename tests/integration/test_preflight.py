@@ -65,7 +65,7 @@ def test_a_cache_that_the_vae_did_not_make_is_refused(workspace, latents, tmp_pa
         workspace.train(tmp_path, latents=latents)
 
 
-def test_a_vae_that_loses_the_picture_is_refused(workspace, latents, tmp_path, monkeypatch):
+def test_a_vae_that_loses_the_image_is_refused(workspace, latents, tmp_path, monkeypatch):
     from diffusers import AutoencoderKL
     from diffusers.models.autoencoders.vae import DecoderOutput
 
@@ -73,7 +73,7 @@ def test_a_vae_that_loses_the_picture_is_refused(workspace, latents, tmp_path, m
         return DecoderOutput(sample=torch.zeros(len(z), 3, 8 * z.shape[2], 8 * z.shape[3]))
 
     monkeypatch.setattr(AutoencoderKL, "decode", grey)
-    with pytest.raises(InputError, match=r"round trip keeps \d\.\d dB of the probe pictures, at least 12"):
+    with pytest.raises(InputError, match=r"round trip keeps \d\.\d dB of the probe images, at least 12"):
         workspace.train(tmp_path, latents=latents)
 
 

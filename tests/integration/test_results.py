@@ -1,4 +1,4 @@
-"""What a run ends in: the exported model, the grid, the numbers, and pictures by hand."""
+"""What a run ends in: the exported model, the grid, the numbers, and images by hand."""
 
 import json
 import subprocess
@@ -101,7 +101,7 @@ def test_the_grid_shows_base_beside_trained(workspace, model, tmp_path):
         assert grid.height > len(params.prompts) * 128
 
 
-def test_grid_puts_each_picture_in_its_place():
+def test_grid_puts_each_image_in_its_place():
     red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
     grid = draw_grid({"base": [[red], [red]], "trained": [[blue], [blue]]}, ["one", "two"])
     half = grid.width // 2

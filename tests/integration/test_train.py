@@ -154,7 +154,7 @@ def test_a_cache_of_another_vae_is_refused(workspace, tmp_path):
         workspace.train(tmp_path / "run", base=other)
 
 
-def test_pictures_and_scalars_reach_tensorboard(workspace, tmp_path):
+def test_images_and_scalars_reach_tensorboard(workspace, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     workspace.train(tmp_path, validation={"prompts": ["a red circle", "a blue square"]})

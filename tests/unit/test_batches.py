@@ -15,7 +15,7 @@ NULL = torch.full((4,), -1)
 
 
 class Shards:
-    """Stands in for LatentShards: row i has mean i, a spread of `std`, and the mirror's mean is -i."""
+    """Stands in for LatentShards: row i has mean i, a spread of `std`, and the flipped image's mean is -i."""
 
     def __init__(self, num_rows: int, std: float = 0.0, has_flipped: bool = False) -> None:
         self.num_rows, self.has_flipped = num_rows, has_flipped
@@ -63,7 +63,7 @@ def test_a_step_is_the_same_however_it_is_split(split):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
 
-def test_every_epoch_visits_every_picture_once_in_a_new_order():
+def test_every_epoch_visits_every_image_once_in_a_new_order():
     batches = maker(Shards(21), batch_size=6)
     stream = [row for step in range(7) for row in rows_of(batches.make(step, range(6), CPU))]
     first, second = stream[:21], stream[21:42]
@@ -102,7 +102,7 @@ def test_noise_is_standard_normal_and_timesteps_are_uniform():
     assert (counts - 500).abs().max() < 4 * 500**0.5
 
 
-def test_mirrors_and_dropped_captions_come_at_their_rates():
+def test_flips_and_dropped_captions_come_at_their_rates():
     batches = maker(Shards(10, has_flipped=True), batch_size=50, caption_dropout=0.2)
     made = [batches.make(step, range(50), CPU) for step in range(80)]
     latents = torch.cat([batch.latents[:, 0, 0, 0] for batch in made])
@@ -112,7 +112,7 @@ def test_mirrors_and_dropped_captions_come_at_their_rates():
     assert dropped.item() == pytest.approx(0.2, abs=3 * (0.16 / 4000) ** 0.5)
 
 
-def test_without_mirrors_or_dropout_there_are_none():
+def test_without_flips_or_dropout_there_are_none():
     batches = maker(Shards(10), batch_size=50)
     made = batches.make(0, range(50), CPU)
     assert (made.latents > -1e-6).all()

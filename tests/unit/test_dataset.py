@@ -35,14 +35,14 @@ def pixels(index: int) -> np.ndarray:
     return np.random.default_rng(index).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 
 
-def picture(index: int, format: str = "PNG") -> bytes:
+def image(index: int, format: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels(index)).save(buffer, format=format)
     return buffer.getvalue()
 
 
-PAIRS = [(f"{index:02}", picture(index), f"picture number {index}") for index in range(NUM)]
-"""Stem, bytes and caption of the pictures that every kind of source holds here."""
+PAIRS = [(f"{index:02}", image(index), f"image number {index}") for index in range(NUM)]
+"""Stem, bytes and caption of the images that every kind of source holds here."""
 
 
 def write_files(folder: Path, files: dict[str, bytes | str]) -> None:
@@ -166,7 +166,7 @@ def build(tmp_path, make_params):
 
 
 @pytest.mark.parametrize("write", FORMATS)
-def test_every_format_gives_its_pictures_and_captions(write, tmp_path, build):
+def test_every_format_gives_its_images_and_captions(write, tmp_path, build):
     built = build(**write(tmp_path / "in"))
     rows = [row for split in SPLITS for row in built.rows[split]]
     assert {row["caption"] for row in rows} == {text for _, _, text in PAIRS}
@@ -219,9 +219,9 @@ def test_every_input_of_a_folder_with_jsonl_is_accounted_for(tmp_path, build):
         {"file_name": "z1.png", "text": None},
         {"file_name": "z2.png"},
     ]
-    write_files(tmp_path / "in", {f"z{n}.png": picture(20 + n) for n in range(3)})
-    write_files(tmp_path / "in", {"broken.png": "no picture", "empty.jpg": b"", "metadata.jsonl": jsonl(rows)})
-    write_files(tmp_path / "in", {"sub/extra.PNG": picture(30), ".hidden.png": picture(31), "notes.md": "no input"})
+    write_files(tmp_path / "in", {f"z{n}.png": image(20 + n) for n in range(3)})
+    write_files(tmp_path / "in", {"broken.png": "no image", "empty.jpg": b"", "metadata.jsonl": jsonl(rows)})
+    write_files(tmp_path / "in", {"sub/extra.PNG": image(30), ".hidden.png": image(31), "notes.md": "no input"})
     assert build(source="imagefolder").outcomes == [
         *((f"{stem}.png", "kept") for stem, _, _ in PAIRS),
         ("broken.png", UNDECODABLE),
@@ -236,9 +236,9 @@ def test_every_input_of_a_folder_with_jsonl_is_accounted_for(tmp_path, build):
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file names are text always")
-def test_a_picture_whose_name_is_no_text_is_accounted_for(tmp_path, build):
+def test_an_image_whose_name_is_no_text_is_accounted_for(tmp_path, build):
     with_jsonl(tmp_path / "in")
-    (tmp_path / "in" / os.fsdecode(b"caf\xe9.png")).write_bytes(picture(20))
+    (tmp_path / "in" / os.fsdecode(b"caf\xe9.png")).write_bytes(image(20))
     assert build(source="imagefolder").outcomes[NUM:] == [(r"caf\udce9.png", UNLISTED)]
 
 
@@ -260,10 +260,8 @@ def test_every_input_of_a_folder_with_csv_is_accounted_for(tmp_path, build):
 
 def test_every_input_of_a_folder_with_txt_is_accounted_for(tmp_path, build):
     with_txt(tmp_path / "in")
-    write_files(
-        tmp_path / "in", {"a.png": picture(20), "b.png": picture(21), "b.txt": " \n", "c.png": "", "c.txt": "c"}
-    )
-    write_files(tmp_path / "in", {".hidden.png": picture(22), ".hidden.txt": "hidden", "alone.txt": "no input"})
+    write_files(tmp_path / "in", {"a.png": image(20), "b.png": image(21), "b.txt": " \n", "c.png": "", "c.txt": "c"})
+    write_files(tmp_path / "in", {".hidden.png": image(22), ".hidden.txt": "hidden", "alone.txt": "no input"})
     assert build(source="imagefolder").outcomes == [
         ("a.png", "caption is missing"),
         ("b.png", "caption is empty"),
@@ -276,13 +274,13 @@ def test_every_input_of_a_folder_with_txt_is_accounted_for(tmp_path, build):
 def test_every_input_of_parquet_is_accounted_for(tmp_path, build):
     images = [{"bytes": data, "path": f"{stem}.png"} for stem, data, _ in PAIRS]
     texts = [text for _, _, text in PAIRS]
-    odd = [{"bytes": b"no picture", "path": "x.png"}, {"bytes": None, "path": None}, None, images[0], images[1]]
+    odd = [{"bytes": b"no image", "path": "x.png"}, {"bytes": None, "path": None}, None, images[0], images[1]]
     write_parquet(tmp_path / "in/a.parquet", image=images + odd, text=[*texts, "x", "y", "z", "", None])
     assert build(source="parquet").outcomes == [
         *((f"row {index} {index:02}.png", "kept") for index in range(NUM)),
         ("row 12 x.png", UNDECODABLE),
-        ("row 13", "picture is missing"),
-        ("row 14", "picture is missing"),
+        ("row 13", "image is missing"),
+        ("row 14", "image is missing"),
         ("row 15 00.png", "caption is empty"),
         ("row 16 01.png", "caption is missing"),
     ]
@@ -290,14 +288,14 @@ def test_every_input_of_parquet_is_accounted_for(tmp_path, build):
 
 def test_every_input_of_webdataset_is_accounted_for(tmp_path, build):
     options = with_webdataset(tmp_path / "in")
-    odd = {"x.png": picture(20), "y.png": "no picture", "y.txt": "y", "z.txt": "z", "w.png": picture(21), "w.txt": " "}
+    odd = {"x.png": image(20), "y.png": "no image", "y.txt": "y", "z.txt": "z", "w.png": image(21), "w.txt": " "}
     good = {f"{s}.{kind}": value for s, data, text in PAIRS[7:] for kind, value in (("png", data), ("txt", text))}
     write_tar(tmp_path / "in/b.tar", good | odd)
     assert build(**options).outcomes == [
         *((f"row {index} {index:02}.png", "kept") for index in range(NUM)),
         ("row 12 x.png", "caption is missing"),
         ("row 13 y.png", UNDECODABLE),
-        ("row 14", "picture is missing"),
+        ("row 14", "image is missing"),
         ("row 15 w.png", "caption is empty"),
     ]
 
@@ -305,13 +303,13 @@ def test_every_input_of_webdataset_is_accounted_for(tmp_path, build):
 def test_captions_that_are_no_text_are_dropped(tmp_path, build):
     images = [data for _, data, _ in PAIRS]
     write_parquet(tmp_path / "in/a.parquet", image=images, text=list(range(NUM)))
-    with pytest.raises(InputError, match=r"no usable picture; dropped: \{'caption is not text': 12\}"):
+    with pytest.raises(InputError, match=r"no usable image; dropped: \{'caption is not text': 12\}"):
         build(source="parquet")
 
 
-def test_names_that_sound_like_splits_are_ordinary_pictures(tmp_path, build):
+def test_names_that_sound_like_splits_are_ordinary_images(tmp_path, build):
     names = ["test", "train/a", "validation/b", "dev-1", "eval"]
-    write_files(tmp_path / "in", {f"{name}.png": picture(index) for index, name in enumerate(names)})
+    write_files(tmp_path / "in", {f"{name}.png": image(index) for index, name in enumerate(names)})
     write_files(tmp_path / "in", {f"{name}.txt": name for name in names})
     assert build(source="imagefolder").outcomes == [(f"{name}.png", "kept") for name in sorted(names)]
 
@@ -341,8 +339,8 @@ def test_a_path_may_be_one_file(name, tmp_path, build):
 
 def test_several_metadata_files_are_read_in_the_order_of_names(tmp_path, build):
     for index in range(6):  # Datasets alone reads them in the order of a set
-        row = {"file_name": "x.png", "text": f"picture {index}"}
-        write_files(tmp_path / "in" / f"d{index}", {"x.png": picture(index), "metadata.jsonl": jsonl([row])})
+        row = {"file_name": "x.png", "text": f"image {index}"}
+        write_files(tmp_path / "in" / f"d{index}", {"x.png": image(index), "metadata.jsonl": jsonl([row])})
     assert build(source="imagefolder").outcomes == [(f"d{index}/x.png", "kept") for index in range(6)]
 
 
@@ -361,7 +359,7 @@ def test_white_space_of_captions_is_collapsed(tmp_path, build):
     assert "a photo of it" in build(source="imagefolder").captions
 
 
-def test_transparent_pictures_get_the_background(tmp_path, build):
+def test_transparent_images_get_the_background(tmp_path, build):
     with_txt(tmp_path / "in")
     Image.new("RGBA", (8, 6), (0, 0, 0, 0)).save(tmp_path / "in/sub/00.png")
     built = build(source="imagefolder", alpha_background="#0a141e")
@@ -379,7 +377,7 @@ def rotated_with_damaged_exif(index: int) -> bytes:
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
-def test_pictures_with_damaged_exif_are_kept_upright_and_counted(num_workers, tmp_path, build, capsys):
+def test_images_with_damaged_exif_are_kept_upright_and_counted(num_workers, tmp_path, build, capsys):
     with_txt(tmp_path / "in")
     names = ["03", "07"]
     write_files(tmp_path / "in/sub", {f"{name}.png": rotated_with_damaged_exif(int(name)) for name in names})
@@ -393,14 +391,14 @@ def test_pictures_with_damaged_exif_are_kept_upright_and_counted(num_workers, tm
     assert "kept all the same: {'EXIF is damaged': 2}" in capsys.readouterr().out
 
 
-def test_odd_pictures_are_dropped_with_a_countable_reason(tmp_path, build, monkeypatch):
-    def load(picture):
-        raise AttributeError(f"a {picture.format} without end")
+def test_odd_images_are_dropped_with_a_countable_reason(tmp_path, build, monkeypatch):
+    def load(image):
+        raise AttributeError(f"a {image.format} without end")
 
     with_txt(tmp_path / "in")
     Image.fromarray(np.float32([[0, 7.5]])).save(tmp_path / "in/sub/00.tiff")
     (tmp_path / "in/sub/00.png").unlink()
-    write_files(tmp_path / "in/sub", {"01.png": picture(1, "GIF")})
+    write_files(tmp_path / "in/sub", {"01.png": image(1, "GIF")})
     monkeypatch.setattr(GifImagePlugin.GifImageFile, "load", load)
     built = build(source="imagefolder")
     assert built.outcomes[:2] == [
@@ -412,25 +410,23 @@ def test_odd_pictures_are_dropped_with_a_countable_reason(tmp_path, build, monke
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
-def test_too_little_memory_names_the_picture_and_drops_nothing(num_workers, tmp_path, build, monkeypatch):
-    def load(picture):
+def test_too_little_memory_names_the_image_and_drops_nothing(num_workers, tmp_path, build, monkeypatch):
+    def load(image):
         raise MemoryError
 
     with_txt(tmp_path / "in")
-    write_files(tmp_path / "in/sub", {"01.png": picture(1, "GIF")})
+    write_files(tmp_path / "in/sub", {"01.png": image(1, "GIF")})
     monkeypatch.setattr(GifImagePlugin.GifImageFile, "load", load)
-    with pytest.raises(
-        InputError, match=r"^sub/01\.png: not enough memory to decode this picture; lower dataset.num_w"
-    ):
+    with pytest.raises(InputError, match=r"^sub/01\.png: not enough memory to decode this image; lower dataset.num_w"):
         build(source="imagefolder", num_workers=num_workers)
     assert {path.name for path in tmp_path.iterdir()} == {"in"}
 
 
-def test_copies_of_a_picture_land_on_one_side(tmp_path, build):
+def test_copies_of_an_image_land_on_one_side(tmp_path, build):
     for index in range(6):
         for copy, format in enumerate(["png", "bmp", "tiff", "png"]):
             name = f"{index}-{copy}"
-            write_files(tmp_path / "in", {f"{name}.{format}": picture(index, format), f"{name}.txt": f"{index} {name}"})
+            write_files(tmp_path / "in", {f"{name}.{format}": image(index, format), f"{name}.txt": f"{index} {name}"})
     built = build(source="imagefolder")
     sides = {split: {row["caption"].split()[0] for row in built.rows[split]} for split in SPLITS}
     assert built.metrics["num_dropped"] == 0
@@ -438,11 +434,11 @@ def test_copies_of_a_picture_land_on_one_side(tmp_path, build):
     assert not sides["train"] & sides["validation"]
 
 
-def test_every_seed_and_every_crowd_holds_out_the_same_pictures(tmp_path, build):
+def test_every_seed_and_every_crowd_holds_out_the_same_images(tmp_path, build):
     options = with_txt(tmp_path / "in")
     held_out = {row["id"] for row in build(0, **options).rows["validation"]}
     assert {row["id"] for row in build(1, **options).rows["validation"]} == held_out
-    write_files(tmp_path / "in", {"a.png": picture(50), "a.txt": "another"})
+    write_files(tmp_path / "in", {"a.png": image(50), "a.txt": "another"})
     assert {row["id"] for row in build(0, **options).rows["validation"]} >= held_out
 
 
@@ -451,7 +447,7 @@ def test_every_seed_and_every_crowd_holds_out_the_same_pictures(tmp_path, build)
 def test_num_workers_change_no_byte(write, max_train_samples, tmp_path, build):
     options = write(tmp_path / "in")
     if write is with_jsonl:
-        write_files(tmp_path / "in", {"03.png": "broken", "extra.png": picture(20)})
+        write_files(tmp_path / "in", {"03.png": "broken", "extra.png": image(20)})
     built = [
         build(name=f"out{num}", num_workers=num, max_train_samples=max_train_samples, **options).bytes_by_file()
         for num in (0, 3)
@@ -469,7 +465,7 @@ def test_max_train_samples(tmp_path, build):
     assert {line["reason"] for line in some.inputs} == {"", "beyond max_train_samples"}
 
 
-def test_max_train_samples_above_the_number_of_pictures_takes_all(tmp_path, build):
+def test_max_train_samples_above_the_number_of_images_takes_all(tmp_path, build):
     options = with_txt(tmp_path / "in")
     assert build(**options, max_train_samples=1000).captions == {text for _, _, text in PAIRS}
 
@@ -501,22 +497,22 @@ def garbage(name: str):
     return write
 
 
-def numbers_for_pictures(folder: Path) -> None:
+def numbers_for_images(folder: Path) -> None:
     write_parquet(folder / "a.parquet", image=list(range(3)), text=["a", "b", "c"])
 
 
-def broken_pictures(folder: Path) -> None:
-    write_files(folder, {"a.png": "", "a.txt": "a", "b.png": "broken", "b.txt": "b", "c.png": picture(0)})
+def broken_images(folder: Path) -> None:
+    write_files(folder, {"a.png": "", "a.txt": "a", "b.png": "broken", "b.txt": "b", "c.png": image(0)})
 
 
 def metadata_without_rows(folder: Path) -> None:
-    write_files(folder, {"a.png": picture(0), "metadata.jsonl": ""})
+    write_files(folder, {"a.png": image(0), "metadata.jsonl": ""})
 
 
 ERRORS = [
     (None, {"source": "parquet"}, "dataset.path = '{path}': no such file or folder"),
-    (Path.mkdir, {"source": "imagefolder"}, "dataset.path = '{path}': the folder has no pictures (.avif, .bmp, "),
-    (with_parquet, {"source": "imagefolder"}, "dataset.path = '{path}': the folder has no pictures"),
+    (Path.mkdir, {"source": "imagefolder"}, "dataset.path = '{path}': the folder has no images (.avif, .bmp, "),
+    (with_parquet, {"source": "imagefolder"}, "dataset.path = '{path}': the folder has no images"),
     (with_parquet, {"source": "webdataset"}, "dataset.path = '{path}': the folder has no .tar files"),
     (with_txt, {"source": "parquet"}, "dataset.path = '{path}': the folder has no .parquet files"),
     (
@@ -539,25 +535,24 @@ ERRORS = [
         {"caption_column": "caption"},
         "dataset.caption_column = 'caption': no such column in '{path}'; its metadata has image, text, and no .txt",
     ),
-    (numbers_for_pictures, {"source": "parquet"}, "dataset.image_column = 'image': doesn't hold pictures: "),
+    (numbers_for_images, {"source": "parquet"}, "dataset.image_column = 'image': doesn't hold images: "),
     (garbage("a.parquet"), {"source": "parquet"}, "dataset.path = '{path}': can't be read as parquet: "),
     (garbage("a.tar"), {"source": "webdataset"}, "dataset.path = '{path}': can't be read as webdataset: "),
     (metadata_without_rows, {"source": "imagefolder"}, "dataset.path = '{path}': can't be read as imagefolder: "),
     (
-        broken_pictures,
+        broken_images,
         {"source": "imagefolder"},
-        "dataset.source = 'imagefolder': no usable picture; dropped: "
-        "{\"can't be decoded\": 2, 'caption is missing': 1}",
+        "dataset.source = 'imagefolder': no usable image; dropped: {\"can't be decoded\": 2, 'caption is missing': 1}",
     ),
     (
         with_txt,
         {"validation_fraction": 1e-9},
-        "dataset.validation_fraction = 1e-09: leaves no validation picture of 12; raise it, or add pictures",
+        "dataset.validation_fraction = 1e-09: leaves no validation image of 12; raise it, or add images",
     ),
     (
         with_txt,
         {"validation_fraction": 0.999999},
-        "dataset.validation_fraction = 0.999999: leaves no train picture of 12; lower it, or add pictures",
+        "dataset.validation_fraction = 0.999999: leaves no train image of 12; lower it, or add images",
     ),
 ]
 
@@ -581,8 +576,8 @@ def test_an_error_leaves_no_folder(tmp_path, build):
 
 
 def build_until_killed(params: DatasetParams, out: Path) -> None:
-    """Build, but die at the first picture, by when Datasets has filled its cache."""
-    dataset.clean_picture = lambda *_: os._exit(9)
+    """Build, but die at the first image, by when Datasets has filled its cache."""
+    dataset.clean_image = lambda *_: os._exit(9)
     build_dataset(params, 0, out, out.with_name("metrics.json"))
 
 

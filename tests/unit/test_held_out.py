@@ -1,11 +1,11 @@
-"""Which pictures the held-out loss asks about."""
+"""Which images the held-out loss asks about."""
 
 from sdtrain.evaluation.held_out import HeldOut
 from sdtrain.ground.randomness import generator
 
 
 class Shards:
-    """Ten class folders of 48 held-out pictures, in the order of their paths."""
+    """Ten class folders of 48 held-out images, in the order of their paths."""
 
     def __init__(self) -> None:
         rng = generator(0, "test ids")

@@ -1,4 +1,4 @@
-"""From any picture file to clean RGB, and on to the VAE's square."""
+"""From any image file to clean RGB, and on to the VAE's square."""
 
 import io
 import struct
@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from sdtrain.data.images import DAMAGED_EXIF, BadPicture, clean_picture, decode_rgb, square_pixels
+from sdtrain.data.images import DAMAGED_EXIF, BadImage, clean_image, decode_rgb, square_pixels
 
 BLUE = "#0000ff"
 ORIENTATION = 0x0112
 
 
-def file_bytes(picture: Image.Image, format: str = "PNG", **options) -> bytes:
+def file_bytes(image: Image.Image, format: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format=format, **options)
+    image.save(buffer, format=format, **options)
     return buffer.getvalue()
 
 
@@ -29,23 +29,23 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def row_of(mode: str, *pixels) -> Image.Image:
-    picture = Image.new(mode, (len(pixels), 1))
-    picture.putdata(pixels)
-    return picture
+    image = Image.new(mode, (len(pixels), 1))
+    image.putdata(pixels)
+    return image
 
 
 def cleaned(data: bytes, background: str = BLUE) -> list[list[tuple[int, ...]]]:
-    """The cleaned picture's rows of pixels, once its stored bytes are known to say the same."""
-    stored, picture, note = clean_picture(data, background)
-    assert picture.mode == "RGB"
+    """The cleaned image's rows of pixels, once its stored bytes are known to say the same."""
+    stored, image, note = clean_image(data, background)
+    assert image.mode == "RGB"
     assert note == ""
-    assert np.array_equal(np.asarray(decode_rgb(stored)), np.asarray(picture))
-    return [[tuple(pixel) for pixel in row] for row in np.asarray(picture).tolist()]
+    assert np.array_equal(np.asarray(decode_rgb(stored)), np.asarray(image))
+    return [[tuple(pixel) for pixel in row] for row in np.asarray(image).tolist()]
 
 
 def test_rgba_is_composited_over_the_background():
-    picture = row_of("RGBA", (200, 100, 0, 128), (9, 9, 9, 0), (9, 8, 7, 255))
-    assert cleaned(file_bytes(picture)) == [[(100, 50, 127), (0, 0, 255), (9, 8, 7)]]
+    image = row_of("RGBA", (200, 100, 0, 128), (9, 9, 9, 0), (9, 8, 7, 255))
+    assert cleaned(file_bytes(image)) == [[(100, 50, 127), (0, 0, 255), (9, 8, 7)]]
 
 
 def test_grey_with_alpha_is_composited_over_the_background():
@@ -53,15 +53,15 @@ def test_grey_with_alpha_is_composited_over_the_background():
 
 
 def test_transparent_palette_entry_shows_the_background():
-    picture = row_of("P", 0, 1)
-    picture.putpalette([10, 20, 30, 40, 50, 60])
-    assert cleaned(file_bytes(picture, transparency=0)) == [[(0, 0, 255), (40, 50, 60)]]
+    image = row_of("P", 0, 1)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    assert cleaned(file_bytes(image, transparency=0)) == [[(0, 0, 255), (40, 50, 60)]]
 
 
 def test_opaque_palette_keeps_its_colours():
-    picture = row_of("P", 0, 1)
-    picture.putpalette([10, 20, 30, 40, 50, 60])
-    assert cleaned(file_bytes(picture)) == [[(10, 20, 30), (40, 50, 60)]]
+    image = row_of("P", 0, 1)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    assert cleaned(file_bytes(image)) == [[(10, 20, 30), (40, 50, 60)]]
 
 
 def test_transparent_colour_of_an_rgb_png_shows_the_background():
@@ -102,12 +102,12 @@ def png_chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">L", len(data)) + name + data + struct.pack(">L", zlib.crc32(name + data))
 
 
-def with_exif(picture: Image.Image, format: str, block: bytes) -> bytes:
+def with_exif(image: Image.Image, format: str, block: bytes) -> bytes:
     """A file with this EXIF; written by hand into a PNG, since Pillow looks at what it writes there."""
     if format != "PNG":
         options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
-        return file_bytes(picture, format, exif=b"Exif\0\0" + block, **options.get(format, {}))
-    data = file_bytes(picture)
+        return file_bytes(image, format, exif=b"Exif\0\0" + block, **options.get(format, {}))
+    data = file_bytes(image)
     start = data.index(b"IDAT") - 4
     return data[:start] + png_chunk(b"eXIf", block) + data[start:]
 
@@ -122,15 +122,15 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_damaged_exif_costs_neither_the_picture_nor_its_orientation(format, orientation, damage):
+def test_damaged_exif_costs_neither_the_image_nor_its_orientation(format, orientation, damage):
     halves = Image.new("RGB", (32, 16), A)
     halves.paste(B, (16, 0, 32, 16))
     block = exif_block((ORIENTATION, SHORT, struct.pack("<H", orientation)), DAMAGES[damage])
-    stored, picture, note = clean_picture(with_exif(halves, format, block), BLUE)
+    stored, image, note = clean_image(with_exif(halves, format, block), BLUE)
     assert note.startswith(f"{DAMAGED_EXIF}: ")
     upright = np.asarray(halves) if orientation == 1 else np.asarray(halves).transpose(1, 0, 2)
-    assert np.abs(np.asarray(picture).astype(int) - upright).max() <= 2
-    assert np.array_equal(np.asarray(decode_rgb(stored)), np.asarray(picture))
+    assert np.abs(np.asarray(image).astype(int) - upright).max() <= 2
+    assert np.array_equal(np.asarray(decode_rgb(stored)), np.asarray(image))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
@@ -143,12 +143,12 @@ def test_damaged_exif_costs_neither_the_picture_nor_its_orientation(format, orie
         pytest.param(exif_block((ORIENTATION, ASCII, b"6\0")), "orientation '6' isn't 1 to 8", id="orientation a text"),
     ],
 )
-def test_a_picture_whose_orientation_cannot_be_read_is_kept_as_it_lies(format, block, reason):
+def test_an_image_whose_orientation_cannot_be_read_is_kept_as_it_lies(format, block, reason):
     data = with_exif(noise(16, 12), format, block)
-    stored, picture, note = clean_picture(data, BLUE)
+    stored, image, note = clean_image(data, BLUE)
     assert note.startswith(f"{DAMAGED_EXIF}: {reason}")
     assert stored == data
-    assert picture.size == (16, 12)
+    assert image.size == (16, 12)
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -157,9 +157,9 @@ def test_sound_exif_has_no_note(order):
         (ORIENTATION, SHORT, struct.pack(f"{order}H", 6)),
         (X_RESOLUTION, RATIONAL, struct.pack(f"{order}LL", 72, 1)),
     ]
-    _, picture, note = clean_picture(with_exif(noise(16, 12), "JPEG", exif_block(*entries, order=order)), BLUE)
+    _, image, note = clean_image(with_exif(noise(16, 12), "JPEG", exif_block(*entries, order=order)), BLUE)
     assert note == ""
-    assert picture.size == (12, 16)
+    assert image.size == (12, 16)
 
 
 def tiff(values: np.ndarray, white_is_zero: bool = False, bits: int | None = None) -> bytes:
@@ -235,9 +235,9 @@ def test_a_grey_of_more_than_8_bits_is_scaled_by_its_declared_range(data, greys)
         pytest.param(file_bytes(grey(9), "IM"), "grey of unknown range: IM of mode I;16", id="IM"),
     ],
 )
-def test_a_grey_without_a_range_is_a_bad_picture(data, reason):
-    with pytest.raises(BadPicture) as caught:
-        clean_picture(data, BLUE)
+def test_a_grey_without_a_range_is_a_bad_image(data, reason):
+    with pytest.raises(BadImage) as caught:
+        clean_image(data, BLUE)
     assert str(caught.value) == reason
 
 
@@ -261,8 +261,8 @@ def test_colours_of_16_bits_are_reduced_by_pillow(data, pixels):
 
 
 def test_cmyk_becomes_rgb():
-    picture = row_of("CMYK", (0, 255, 255, 0), (255, 0, 255, 0), (0, 0, 0, 255))
-    assert cleaned(file_bytes(picture, "TIFF")) == [[(255, 0, 0), (0, 255, 0), (0, 0, 0)]]
+    image = row_of("CMYK", (0, 255, 255, 0), (255, 0, 255, 0), (0, 0, 0, 255))
+    assert cleaned(file_bytes(image, "TIFF")) == [[(255, 0, 0), (0, 255, 0), (0, 0, 0)]]
 
 
 @pytest.mark.parametrize(("mode", "pixel"), [("L", 77), ("1", 255)])
@@ -273,16 +273,16 @@ def test_grey_becomes_rgb(mode, pixel):
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 def test_plain_rgb_keeps_its_bytes(format):
     data = file_bytes(noise(16, 12), format)
-    stored, picture, note = clean_picture(data, BLUE)
+    stored, image, note = clean_image(data, BLUE)
     assert stored == data
     assert note == ""
-    assert picture.size == (16, 12)
+    assert image.size == (16, 12)
 
 
 def test_a_path_reads_as_its_bytes_do(tmp_path):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(file_bytes(noise(16, 12)))
-    assert clean_picture(str(path), BLUE)[0] == path.read_bytes()
+    assert clean_image(str(path), BLUE)[0] == path.read_bytes()
 
 
 PNG, JPEG, AVIF = (file_bytes(noise(32, 24), format) for format in ("PNG", "JPEG", "AVIF"))
@@ -299,59 +299,59 @@ PNG, JPEG, AVIF = (file_bytes(noise(32, 24), format) for format in ("PNG", "JPEG
         pytest.param(b"<html>404</html>", id="text"),
     ],
 )
-def test_what_cannot_be_decoded_is_a_bad_picture_with_a_short_reason(data):
-    with pytest.raises(BadPicture, match=r"^can't be decoded: .") as caught:
-        clean_picture(data, BLUE)
+def test_what_cannot_be_decoded_is_a_bad_image_with_a_short_reason(data):
+    with pytest.raises(BadImage, match=r"^can't be decoded: .") as caught:
+        clean_image(data, BLUE)
     reason = str(caught.value)
     assert len(reason) < 80
     assert "\n" not in reason
     assert "0x" not in reason
 
 
-def test_a_picture_too_large_to_decode_is_a_bad_picture(monkeypatch):
+def test_an_image_too_large_to_decode_is_a_bad_image(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(BadPicture, match="exceeds limit"):
-        clean_picture(PNG, BLUE)
+    with pytest.raises(BadImage, match="exceeds limit"):
+        clean_image(PNG, BLUE)
 
 
 @pytest.mark.parametrize("fault", [AttributeError("no such thing"), ZeroDivisionError(), RecursionError("too deep")])
-def test_whatever_pillow_raises_is_a_bad_picture(monkeypatch, fault):
-    def load(picture):
+def test_whatever_pillow_raises_is_a_bad_image(monkeypatch, fault):
+    def load(image):
         raise fault
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    with pytest.raises(BadPicture, match=f"^can't be decoded: {str(fault) or 'ZeroDivisionError'}$"):
-        clean_picture(PNG, BLUE)
+    with pytest.raises(BadImage, match=f"^can't be decoded: {str(fault) or 'ZeroDivisionError'}$"):
+        clean_image(PNG, BLUE)
 
 
 @pytest.mark.parametrize("fault", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("place", ["open", "load", "tobytes"])
-def test_a_fault_that_is_not_the_pictures_is_not_taken_for_one(monkeypatch, fault, place):
+def test_a_fault_that_is_not_the_images_is_not_taken_for_one(monkeypatch, fault, place):
     def raises(*args, **kwargs):
         raise fault
 
     owner = {"open": Image, "load": ImageFile.ImageFile, "tobytes": Image.Exif}[place]
     monkeypatch.setattr(owner, place, raises)
     with pytest.raises(fault):
-        clean_picture(JPEG, BLUE)
+        clean_image(JPEG, BLUE)
 
 
-def test_a_warning_made_an_error_is_a_bad_picture(monkeypatch):
+def test_a_warning_made_an_error_is_a_bad_image(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 24 - 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(BadPicture, match=r"^can't be decoded: Image size \(768 pixels\) exceeds limit"):
-            clean_picture(PNG, BLUE)
+        with pytest.raises(BadImage, match=r"^can't be decoded: Image size \(768 pixels\) exceeds limit"):
+            clean_image(PNG, BLUE)
 
 
-def test_a_file_that_cannot_be_read_is_a_bad_picture(tmp_path):
-    with pytest.raises(BadPicture, match=r"^can't be read: Is a directory$"):
-        clean_picture(str(tmp_path), BLUE)
+def test_a_file_that_cannot_be_read_is_a_bad_image(tmp_path):
+    with pytest.raises(BadImage, match=r"^can't be read: Is a directory$"):
+        clean_image(str(tmp_path), BLUE)
 
 
-def test_a_missing_file_is_a_bad_picture(tmp_path):
-    with pytest.raises(BadPicture, match=r"^file is missing$"):
-        clean_picture(str(tmp_path / "none.png"), BLUE)
+def test_a_missing_file_is_a_bad_image(tmp_path):
+    with pytest.raises(BadImage, match=r"^file is missing$"):
+        clean_image(str(tmp_path / "none.png"), BLUE)
 
 
 @st.composite
@@ -366,11 +366,11 @@ def damaged(draw, files: list[bytes]) -> bytes:
 @pytest.mark.filterwarnings("ignore")
 @settings(deadline=None, max_examples=200, derandomize=True)
 @given(data=damaged([PNG, JPEG, AVIF, tiff(array("<u2", *range(99))), tiff(array("<f4", *np.linspace(0, 1, 99)))]))
-def test_damaged_files_raise_nothing_but_bad_picture(data):
-    with suppress(BadPicture):
-        stored, picture, _ = clean_picture(data, BLUE)
-        assert picture.mode == "RGB"
-        assert np.array_equal(np.asarray(decode_rgb(stored)), np.asarray(picture))
+def test_damaged_files_raise_nothing_but_bad_image(data):
+    with suppress(BadImage):
+        stored, image, _ = clean_image(data, BLUE)
+        assert image.mode == "RGB"
+        assert np.array_equal(np.asarray(decode_rgb(stored)), np.asarray(image))
 
 
 def camera_exif() -> bytes:
@@ -385,19 +385,19 @@ def camera_exif() -> bytes:
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 @settings(deadline=None, max_examples=200, derandomize=True)
 @given(block=damaged([camera_exif(), exif_block(TO_THE_RIGHT, *DAMAGES.values())]))
-def test_no_damage_to_exif_costs_a_picture(format, block):
-    stored, picture, _ = clean_picture(with_exif(noise(16, 12), format, block), BLUE)
-    assert sorted(picture.size) == [12, 16]
-    assert np.array_equal(np.asarray(decode_rgb(stored)), np.asarray(picture))
+def test_no_damage_to_exif_costs_an_image(format, block):
+    stored, image, _ = clean_image(with_exif(noise(16, 12), format, block), BLUE)
+    assert sorted(image.size) == [12, 16]
+    assert np.array_equal(np.asarray(decode_rgb(stored)), np.asarray(image))
 
 
 @pytest.mark.filterwarnings("ignore")
 @settings(deadline=None, max_examples=200, derandomize=True)
 @given(data=damaged([with_exif(noise(4, 3), "TIFF", camera_exif()), with_exif(noise(4, 3), "AVIF", camera_exif())]))
-def test_damaged_files_with_exif_raise_nothing_but_bad_picture(data):
-    with suppress(BadPicture):
-        stored, picture, _ = clean_picture(data, BLUE)
-        assert np.array_equal(np.asarray(decode_rgb(stored)), np.asarray(picture))
+def test_damaged_files_with_exif_raise_nothing_but_bad_image(data):
+    with suppress(BadImage):
+        stored, image, _ = clean_image(data, BLUE)
+        assert np.array_equal(np.asarray(decode_rgb(stored)), np.asarray(image))
 
 
 @settings(deadline=None, max_examples=40)
@@ -417,9 +417,9 @@ def test_pixels_are_scaled_to_minus_one_and_one():
 
 @pytest.mark.parametrize(("size", "box"), [((6, 2), (2, 0, 4, 2)), ((2, 6), (0, 2, 2, 4)), ((5, 2), (1, 0, 3, 2))])
 def test_center_crop_takes_the_middle(size, box):
-    picture = noise(*size)
-    expected = np.asarray(picture.crop(box)).transpose(2, 0, 1) / 127.5 - 1
-    assert square_pixels(picture, 2, True, 0, "id") == pytest.approx(expected, abs=1e-6)
+    image = noise(*size)
+    expected = np.asarray(image.crop(box)).transpose(2, 0, 1) / 127.5 - 1
+    assert square_pixels(image, 2, True, 0, "id") == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_shorter_side_is_resized_to_the_resolution():

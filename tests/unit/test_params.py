@@ -160,8 +160,8 @@ RULE_CASES = [
     ({"dataset__repo": "a/b"}, "dataset.repo = 'a/b': dataset.source = 'generated' doesn't read it"),
     ({"dataset__revision": "v1"}, "dataset.revision = 'v1': dataset.source = 'generated' doesn't read it"),
     (
-        {"dataset__path": "/pictures"},
-        "dataset.path = '/pictures': dataset.source = 'generated' doesn't read it; set dataset.source: imagefolder",
+        {"dataset__path": "/images"},
+        "dataset.path = '/images': dataset.source = 'generated' doesn't read it; set dataset.source: imagefolder",
     ),
     ({"train__lr_num_cycles": 3}, "train.lr_num_cycles = 3: only train.lr_scheduler = 'cosine_with_restarts' uses it"),
     ({"train__lr_power": 2}, "train.lr_power = 2: only train.lr_scheduler = 'polynomial' uses it"),
@@ -266,13 +266,13 @@ RULE_CASES = [
     ({**IMAGEFOLDER, "dataset__new_fraction": 0.5}, "dataset.new_fraction = 0.5: dataset.source = 'imagefolder' does"),
     (
         {"dataset__alpha_background": "#000000"},
-        "dataset.alpha_background = '#000000': has no effect with dataset.source = 'generated', whose pictures are "
+        "dataset.alpha_background = '#000000': has no effect with dataset.source = 'generated', whose images are "
         'opaque squares; set it to "#ffffff", or dataset.source to imagefolder',
     ),
     ({"precompute__center_crop": False}, "precompute.center_crop = False: has no effect with dataset.source = 'gener"),
     (
         {**IMAGEFOLDER, "evaluate__num_prompts": 40},
-        "evaluate.num_prompts = 40: has no effect with dataset.source = 'imagefolder', where no picture is measured; "
+        "evaluate.num_prompts = 40: has no effect with dataset.source = 'imagefolder', where no image is measured; "
         "set it to 160, or dataset.source to generated",
     ),
     (
@@ -282,7 +282,7 @@ RULE_CASES = [
     ({**IMAGEFOLDER, "evaluate__guidance_scale": 7.5}, "evaluate.guidance_scale = 7.5: has no effect with dataset.sou"),
     (
         {"train__trackers": [], "validation__prompts": ["a cat"]},
-        "validation.prompts = ['a cat']: has no effect with train.trackers = [], which alone show pictures; set it to "
+        "validation.prompts = ['a cat']: has no effect with train.trackers = [], which alone show images; set it to "
         "[], or train.trackers to [tensorboard]",
     ),
     (
@@ -358,7 +358,7 @@ def test_every_rule_has_a_case():
         {"train__micro_batch_size": 1},
         {"train__lr_scheduler": "cosine_with_restarts", "train__lr_num_cycles": 3},
         {"train__lr_scheduler": "polynomial", "train__lr_power": 2.0},
-        {"dataset__source": "parquet", "dataset__path": "/pictures"},
+        {"dataset__source": "parquet", "dataset__path": "/images"},
         {"train__lr_scheduler": "constant", "train__lr_warmup_steps": 0},
         {"train__lr_warmup_steps": 799},
         {"train__use_ema": False, "export__weights": "raw"},
@@ -409,7 +409,7 @@ def test_the_shipped_params_hold_the_neutral_values():
 SOURCES = get_args(DatasetParams.model_fields["source"].annotation)
 MUST_FOLLOW = {
     "params.yaml": {"hub": {"dataset.repo"}},
-    "pictures.yaml": {"hub": {"dataset.repo"}, "generated": {"precompute.random_flip"}},
+    "images.yaml": {"hub": {"dataset.repo"}, "generated": {"precompute.random_flip"}},
     "scratch.yaml": {
         "hub": {"dataset.repo", "dataset.num_scenes"},
         **{source: {"dataset.num_scenes"} for source in ("imagefolder", "webdataset", "parquet")},

@@ -67,19 +67,19 @@ def test_measure_survives_another_resolution():
 
 
 def test_png_keeps_every_pixel():
-    picture = render(EXAMPLE, np.random.default_rng(0))
-    assert np.array_equal(np.asarray(decode_rgb(png_bytes(picture))), np.asarray(picture))
+    image = render(EXAMPLE, np.random.default_rng(0))
+    assert np.array_equal(np.asarray(decode_rgb(png_bytes(image))), np.asarray(image))
 
 
 @pytest.mark.parametrize("color", ["#000000", "#ffffff", "#2896d2"])
-def test_a_blank_picture_shows_no_scene(color):
+def test_a_blank_image_shows_no_scene(color):
     assert measure(Image.new("RGB", (64, 64), color)) is None
 
 
 def test_a_speck_is_no_scene():
-    picture = Image.new("RGB", (64, 64), COLORS["white"])
-    picture.paste(COLORS["red"], (30, 30, 36, 36))  # 36 px, fewer than count as an object
-    assert measure(picture) is None
+    image = Image.new("RGB", (64, 64), COLORS["white"])
+    image.paste(COLORS["red"], (30, 30, 36, 36))  # 36 px, fewer than count as an object
+    assert measure(image) is None
 
 
 def test_render_jitters_by_its_rng_alone():

@@ -33,7 +33,7 @@ class Batch:
 class BatchMaker:
     """Draws micro-batches from the latent cache.
 
-    The training pictures form one endless stream, a new permutation each epoch; step s takes its
+    The training images form one endless stream, a new permutation each epoch; step s takes its
     rows s·B to (s+1)·B-1. Nothing depends on how a step is split or on what was drawn before it.
 
     Args:

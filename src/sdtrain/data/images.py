@@ -1,4 +1,4 @@
-"""Pictures: from any file to clean RGB, and from RGB to the VAE's square of pixels."""
+"""Images: from any file to clean RGB, and from RGB to the VAE's square of pixels."""
 
 import io
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import ExifTags, Image, TiffImagePlugin
 from sdtrain.ground import randomness
 
 DAMAGED_EXIF = "EXIF is damaged"
-"""What a kept picture's note begins with whose EXIF can't be read, or not be written back."""
+"""What a kept image's note begins with whose EXIF can't be read, or not be written back."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -20,44 +20,44 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF's orientations but the upright 1, and what makes the picture upright."""
+"""EXIF's orientations but the upright 1, and what makes the image upright."""
 _WIDE_GREYS = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 _SCALED_TO_16_BITS = ("PNG", "JPEG2000", "PPM")
 """Formats whose greys of more than 8 bits Pillow gives as 0..65535, whatever depth the file has."""
 
 
-class BadPicture(Exception):
+class BadImage(Exception):
     """The file can't be used; the message says why, in a few words."""
 
 
-def clean_picture(source: bytes | str, background: str) -> tuple[bytes, Image.Image, str]:
-    """Decode a picture wholly and make it plain RGB, upright and opaque.
+def clean_image(source: bytes | str, background: str) -> tuple[bytes, Image.Image, str]:
+    """Decode an image wholly and make it plain RGB, upright and opaque.
 
     Args:
         source: the file's bytes, or its path.
         background: colour behind transparent parts, `#rrggbb`.
 
     Returns:
-        The bytes to store, the decoded picture, and a note on what was odd about it, mostly empty. The
+        The bytes to store, the decoded image, and a note on what was odd about it, mostly empty. The
         original bytes are kept where the file is RGB, upright and opaque already; else they are those
-        of a PNG of the cleaned picture.
+        of a PNG of the cleaned image.
 
     Raises:
-        BadPicture: missing, truncated, not a picture, too large to decode safely, or grey of unknown range.
-        MemoryError: the machine's fault, not the picture's.
+        BadImage: missing, truncated, not an image, too large to decode safely, or grey of unknown range.
+        MemoryError: the machine's fault, not the image's.
     """
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except FileNotFoundError:
-        raise BadPicture("file is missing") from None
+        raise BadImage("file is missing") from None
     except (OSError, ValueError) as error:
-        raise BadPicture(f"can't be read: {_cause(error)}") from None
+        raise BadImage(f"can't be read: {_cause(error)}") from None
     try:
         return _clean(data, background)
-    except (BadPicture, MemoryError):
+    except (BadImage, MemoryError):
         raise
     except Exception as error:  # Pillow's plugins raise anything on a damaged file
-        raise BadPicture(f"can't be decoded: {_cause(error)}") from None
+        raise BadImage(f"can't be decoded: {_cause(error)}") from None
 
 
 def _clean(data: bytes, background: str) -> tuple[bytes, Image.Image, str]:
@@ -65,20 +65,20 @@ def _clean(data: bytes, background: str) -> tuple[bytes, Image.Image, str]:
     with opened:
         opened.load()
         orientation, note = _orientation(opened)
-        picture = _eight_bits(opened)
-        picture = picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture.copy()
-    if picture.mode == "RGB" and orientation == 1 and "transparency" not in picture.info:
-        return data, picture, note
-    picture = _flatten(picture, background)
+        image = _eight_bits(opened)
+        image = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image.copy()
+    if image.mode == "RGB" and orientation == 1 and "transparency" not in image.info:
+        return data, image, note
+    image = _flatten(image, background)
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue(), picture, note
+    image.save(buffer, format="PNG")
+    return buffer.getvalue(), image, note
 
 
 def _open(data: bytes) -> tuple[Image.Image, bytes]:
     """Open a file, and give the bytes that can be opened so again.
 
-    Pillow looks for a JPEG's resolution in its EXIF, and takes the file for no picture at all where that is
+    Pillow looks for a JPEG's resolution in its EXIF, and takes the file for no image at all where that is
     a text or byte alone. Then the EXIF is hidden from it, by one byte of its name, and handed over afterwards.
     """
     try:
@@ -127,7 +127,7 @@ def _orientation(opened: Image.Image) -> tuple[int, str]:
 def _eight_bits(opened: Image.Image) -> Image.Image:
     """Greys of 16 or 32 bits or of floats as 8 bits, by the range that mode and file declare; others as they are.
 
-    Never by the values that a picture happens to have. Black and white are:
+    Never by the values that an image happens to have. Black and white are:
     - PNG, JPEG 2000 and PGM: 0 and 65535. Pillow itself scales a PGM's maxval and the depth of JPEG 2000 to that.
     - TIFF of unsigned integers: 0 and 2**BitsPerSample - 1, or the reverse where PhotometricInterpretation is
       WhiteIsZero, which Pillow heeds up to 8 bits only. MaxSampleValue is a statistic, says TIFF 6.0, and isn't read.
@@ -136,7 +136,7 @@ def _eight_bits(opened: Image.Image) -> Image.Image:
     Pillow reduces colours of 16 bits itself: to their upper bytes, or by maxval in a PPM.
 
     Raises:
-        BadPicture: floats outside 0..1, signed integers, or another format, where nothing tells the range.
+        BadImage: floats outside 0..1, signed integers, or another format, where nothing tells the range.
     """
     tags = opened.tag_v2 if isinstance(opened, TiffImagePlugin.TiffImageFile) else {}
     signed = tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0] == 2  # 8 bits open as L and would wrap around
@@ -146,7 +146,7 @@ def _eight_bits(opened: Image.Image) -> Image.Image:
     if opened.mode == "F" and (tags or opened.info.get("scale") == 1):  # the scale of a PFM
         low, high = values.min(), values.max()
         if not (low >= 0 and high <= 1):  # so written, NaN is outside too
-            raise BadPicture(f"float grey outside 0..1: {low:g}..{high:g}")
+            raise BadImage(f"float grey outside 0..1: {low:g}..{high:g}")
         white = 1
     elif tags and not signed:
         white = 2 ** tags[TiffImagePlugin.BITSPERSAMPLE][0] - 1
@@ -154,7 +154,7 @@ def _eight_bits(opened: Image.Image) -> Image.Image:
     elif opened.format in _SCALED_TO_16_BITS and opened.mode != "F":
         white = 65535
     else:
-        raise BadPicture(f"grey of unknown range: {opened.format} of mode {opened.mode}{', signed' if signed else ''}")
+        raise BadImage(f"grey of unknown range: {opened.format} of mode {opened.mode}{', signed' if signed else ''}")
     if tags and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 0) == 0:
         values = white - values
     grey = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
@@ -164,31 +164,31 @@ def _eight_bits(opened: Image.Image) -> Image.Image:
     return grey
 
 
-def _flatten(picture: Image.Image, background: str) -> Image.Image:
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, background), picture).convert("RGB")
-    return picture.convert("RGB")
+def _flatten(image: Image.Image, background: str) -> Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """Decode bytes that `clean_picture` gave."""
+    """Decode bytes that `clean_image` gave."""
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
-def square_pixels(picture: Image.Image, resolution: int, center_crop: bool, seed: int, sample_id: str) -> np.ndarray:
+def square_pixels(image: Image.Image, resolution: int, center_crop: bool, seed: int, sample_id: str) -> np.ndarray:
     """Resize the shorter side to `resolution` (Lanczos), crop, and scale: float32 [3, R, R] in -1..1.
 
     Without `center_crop` the crop's place is drawn from (seed, sample id).
     """
-    scale = resolution / min(picture.size)
-    width, height = (max(resolution, round(side * scale)) for side in picture.size)
-    if (width, height) != picture.size:
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
     if center_crop:
         left, top = (width - resolution) // 2, (height - resolution) // 2
     else:
         rng = randomness.generator(seed, "crop", randomness.hash64(sample_id))
         left, top = rng.integers(0, [width - resolution + 1, height - resolution + 1]).tolist()
-    square = np.asarray(picture.crop((left, top, left + resolution, top + resolution)), dtype=np.float32)
+    square = np.asarray(image.crop((left, top, left + resolution, top + resolution)), dtype=np.float32)
     return square.transpose(2, 0, 1) / 127.5 - 1

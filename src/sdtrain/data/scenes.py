@@ -2,7 +2,7 @@
 
 A scene is one flat shape on a flat background. `render` draws it with anti-aliasing, `caption`
 puts it into words, and `measure` reads colour, shape, size, position and style back from any
-picture by fitting templates, so that *prompt accuracy* needs no other model.
+image by fitting templates, so that *prompt accuracy* needs no other model.
 
 The world has two parts. The base model's UNet was trained on `KNOWN` only; the default job
 fine-tunes it on scenes that also show `NEW` concepts.
@@ -95,7 +95,7 @@ NEW = {
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; every field is a word of the caption."""
+    """What an image shows; every field is a word of the caption."""
 
     color: str
     shape: str
@@ -170,7 +170,7 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def measure(image: Image.Image) -> Scene | None:
-    """Read a scene back from a picture by arithmetic; None where it shows no object.
+    """Read a scene back from an image by arithmetic; None where it shows no object.
 
     The border's median gives the background, what differs from it the object's mask. Each shape's
     polygon is scaled to the mask's area and moved to its centroid; the best intersection over
@@ -253,7 +253,7 @@ def _nearest_color(rgb: np.ndarray) -> str:
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """The picture as a PNG file."""
+    """The image as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()

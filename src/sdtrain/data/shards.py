@@ -1,13 +1,13 @@
 """The two formats on the pipeline's way: dataset shards and latent shards.
 
-`data/dataset/`: `{split}-{n:05}.parquet` with one row a picture (columns `id`, `image`, `caption`,
+`data/dataset/`: `{split}-{n:05}.parquet` with one row per image (columns `id`, `image`, `caption`,
 `width`, `height`), `inputs.csv` with one row for every input, and `manifest.json`.
 
-`data/latents/`: `{split}-{n:05}.safetensors` with, for N pictures, `mean` and `logvar` of the VAE's
-posterior before scaling, float16 [N, C, h, w], the same of the mirrored picture (`mean_flipped`,
-`logvar_flipped`) where it is cached, and `input_ids` int64 [N, L]; the ids of the pictures are the
+`data/latents/`: `{split}-{n:05}.safetensors` with, for N images, `mean` and `logvar` of the VAE's
+posterior before scaling, float16 [N, C, h, w], the same of the flipped image (`mean_flipped`,
+`logvar_flipped`) where it is cached, and `input_ids` int64 [N, L]; the ids of the images are the
 key `ids` of the file's metadata, as a JSON list. `probe.safetensors` with the `pixels` that the VAE saw
-of the first held-out pictures, float32 [up to 4, 3, H, W]: training asks its VAE the same again. And
+of the first held-out images, float32 [up to 4, 3, H, W]: training asks its VAE the same again. And
 `manifest.json`, with each shard's SHA-256.
 
 `split` is `train` or `validation`.
@@ -48,7 +48,7 @@ _SCHEMA = pa.schema(
 
 
 class DatasetWriter:
-    """Writes one split's pictures into parquet shards of about 256 MiB, holding 64 rows at the most."""
+    """Writes one split's images into parquet shards of about 256 MiB, holding 64 rows at the most."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.folder, self.split = folder, split
@@ -127,14 +127,14 @@ class LatentShards:
                 says = f"is of shape {found[name]}" if name in found else "is missing"
                 raise InputError(f"{path}: tensor {name} {says}, manifest.json says {shape}; {_AGAIN}")
         if "ids" not in (file.metadata() or {}):
-            raise InputError(f"{path}: the pictures' ids are missing; {_AGAIN}")
+            raise InputError(f"{path}: the images' ids are missing; {_AGAIN}")
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     @property
     def ids(self) -> list[str]:
-        """The pictures' ids, in order."""
+        """The images' ids, in order."""
         return [name for file in self._files for name in json.loads(file.metadata()["ids"])]
 
     def check_columns(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -160,20 +160,20 @@ class LatentShards:
         """The columns `names` of row `index`, floats as float32: e.g. `mean` [C, h, w], `input_ids` [L].
 
         Args:
-            flipped: take those that were cached for the mirrored picture, too, from there.
+            flipped: read the flipped image's encoding from the columns that have one.
         """
         shard = bisect.bisect_right(self._starts, index) - 1
         row, found = index - self._starts[shard], {}
         for name in names:
-            mirrored = f"{name}_flipped"
-            stored = mirrored if flipped and mirrored in self._columns else name
+            flipped_name = f"{name}_flipped"
+            stored = flipped_name if flipped and flipped_name in self._columns else name
             tensor = self._files[shard].get_slice(stored)[row]
             found[name] = tensor.float() if tensor.is_floating_point() else tensor
         return found
 
 
 def read_probe(folder: Path) -> "Tensor":
-    """The pixels of the cache's probe pictures, float32 [up to NUM_PROBES, 3, H, W].
+    """The pixels of the cache's probe images, float32 [up to NUM_PROBES, 3, H, W].
 
     Raises:
         InputError: the file is missing or broken.

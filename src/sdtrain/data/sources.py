@@ -1,6 +1,6 @@
-"""Where captioned pictures come from: generated scenes, the hub, or files, read with Hugging Face Datasets.
+"""Where captioned images come from: generated scenes, the hub, or files, read with Hugging Face Datasets.
 
-A source gives candidates: pictures as undecoded bytes or paths, and captions as found. Whether one is
+A source gives candidates: images as undecoded bytes or paths, and captions as found. Whether one is
 any good is for the gate in `dataset.py` to say.
 """
 
@@ -23,7 +23,7 @@ from sdtrain.params.schema import DatasetParams
 if TYPE_CHECKING:
     import datasets
 
-_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 _HUB_CACHE = re.compile(r"/[^:]*/snapshots/[0-9a-f]{40}/")
 """Where the hub's client keeps a repository's files: differs between machines, so no input's name holds it."""
 
@@ -33,10 +33,10 @@ _CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One input: its name in the source, the picture's bytes or path, and the caption as found."""
+    """One input: its name in the source, the image's bytes or path, and the caption as found."""
 
     name: str
-    picture: bytes | str | None
+    image: bytes | str | None
     caption: Any
 
 
@@ -50,7 +50,7 @@ class Source:
     name: Callable[[int], str] = "row {}".format
     """A candidate's name, without reading it."""
     unlisted: Sequence[str] = ()
-    """Names of pictures that the source's metadata doesn't list, or that Datasets doesn't read."""
+    """Names of images that the source's metadata doesn't list, or that Datasets doesn't read."""
 
 
 def open_source(params: DatasetParams, seed: int, scratch: str) -> Source:
@@ -124,8 +124,8 @@ def _from_files(params: DatasetParams, scratch: str) -> tuple[dict, "datasets.Da
     suffix = {"parquet": ".parquet", "webdataset": ".tar"}.get(params.source)
     # One named split, so that Datasets takes no file called test.png for a split of its own.
     files = [glob.escape(str(path.resolve())) + "/**"]
-    if suffix is None and not any(p.suffix.lower() in _PICTURES for p in path.rglob("*")):
-        raise InputError(f"dataset.path = '{path}': the folder has no pictures ({', '.join(sorted(_PICTURES))})")
+    if suffix is None and not any(p.suffix.lower() in _IMAGE_SUFFIXES for p in path.rglob("*")):
+        raise InputError(f"dataset.path = '{path}': the folder has no images ({', '.join(sorted(_IMAGE_SUFFIXES))})")
     if suffix is not None:
         files = [glob.escape(str(p)) for p in ([path] if path.is_file() else sorted(path.rglob(f"*{suffix}")))]
         if not files:
@@ -139,13 +139,13 @@ def _from_files(params: DatasetParams, scratch: str) -> tuple[dict, "datasets.Da
 
 
 def _reader(table: "datasets.Dataset", params: DatasetParams) -> Callable[[int], Candidate]:
-    """A function from a row's number to its candidate, with the picture left undecoded."""
+    """A function from a row's number to its candidate, with the image left undecoded."""
     import datasets
 
     columns = table.column_names
     needed = {"image_column": params.image_column, "caption_column": params.caption_column}
     if params.source == "imagefolder" and params.caption_column not in columns:
-        needed.pop("caption_column")  # a .txt file beside each picture may hold it
+        needed.pop("caption_column")  # a .txt file beside each image may hold it
     for key, name in needed.items():
         if name not in columns:
             near = difflib.get_close_matches(name, columns, n=1, cutoff=0.0)
@@ -156,13 +156,13 @@ def _reader(table: "datasets.Dataset", params: DatasetParams) -> Callable[[int],
     try:
         table = table.cast_column(params.image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"dataset.image_column = {params.image_column!r}: doesn't hold pictures: {error}") from None
+        raise InputError(f"dataset.image_column = {params.image_column!r}: doesn't hold images: {error}") from None
     archive = lru_cache(maxsize=8)(zipfile.ZipFile)
 
     def candidate(index: int) -> Candidate:
         row = table[index]
-        picture = row[params.image_column] or {"bytes": None, "path": None}
-        data, path = picture["bytes"], picture["path"]
+        image = row[params.image_column] or {"bytes": None, "path": None}
+        data, path = image["bytes"], image["path"]
         if not data and path and path.startswith("zip://"):  # zip://<member>::<archive>
             member, _, file = path.removeprefix("zip://").partition("::")
             try:
@@ -176,7 +176,7 @@ def _reader(table: "datasets.Dataset", params: DatasetParams) -> Callable[[int],
 
 
 def _imagefolder(table: "datasets.Dataset", source: Source, params: DatasetParams) -> Source:
-    """Captions from `.txt` files where the metadata has none, an order by name, and the pictures left out.
+    """Captions from `.txt` files where the metadata has none, an order by name, and the images left out.
 
     Datasets reads several metadata files in the order of a set, which differs from run to run.
     """
@@ -185,23 +185,23 @@ def _imagefolder(table: "datasets.Dataset", source: Source, params: DatasetParam
     if not has_captions and not any(root.rglob("*.txt")):
         raise InputError(
             f"dataset.caption_column = {params.caption_column!r}: no such column in '{params.path}'; its metadata has "
-            f"{', '.join(table.column_names)}, and no .txt file lies beside the pictures"
+            f"{', '.join(table.column_names)}, and no .txt file lies beside the images"
         )
 
     def named(index: int) -> Candidate:
         found = source.read(index)
-        inside = isinstance(found.picture, str) and Path(found.picture).is_relative_to(root)
-        return replace(found, name=str(Path(found.picture).relative_to(root))) if inside else found
+        inside = isinstance(found.image, str) and Path(found.image).is_relative_to(root)
+        return replace(found, name=str(Path(found.image).relative_to(root))) if inside else found
 
     def candidate(index: int) -> Candidate:
         found = named(index)
-        if has_captions or not isinstance(found.picture, str):
+        if has_captions or not isinstance(found.image, str):
             return found
-        text = Path(found.picture).with_suffix(".txt")
+        text = Path(found.image).with_suffix(".txt")
         return replace(found, caption=text.read_text(encoding="utf-8", errors="replace") if text.exists() else None)
 
     keys = [(found.name, str(found.caption)) for found in map(named, range(len(table)))]
-    pictures = {str(p.relative_to(root)) for p in root.rglob("*") if p.suffix.lower() in _PICTURES}
-    unlisted = sorted(pictures.difference(name for name, _ in keys))
+    images = {str(p.relative_to(root)) for p in root.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES}
+    unlisted = sorted(images.difference(name for name, _ in keys))
     order = sorted(range(len(table)), key=keys.__getitem__)
     return replace(source, order=order, read=candidate, name=lambda index: keys[index][0], unlisted=unlisted)

@@ -1,1 +1,1 @@
-"""Numbers on pictures that training never sees."""
+"""Numbers on images that training never sees."""

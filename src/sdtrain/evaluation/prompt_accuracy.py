@@ -15,7 +15,7 @@ _FIELDS = ("color", "shape", "style", "size", "position", "background")
 
 
 def prompt_accuracy(params: EvaluateParams, seed: int, pipelines: dict[str, DiffusionPipeline]) -> list[dict]:
-    """Share of pictures that show what the prompt says, by field.
+    """Share of images that show what the prompt says, by field.
 
     Of prompts with new concepts, colour is counted where the object's colour is new, shape where
     the shape is, style where the style is: what the base has never seen. Known prompts count all.

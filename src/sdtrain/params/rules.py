@@ -121,20 +121,20 @@ def _neutral(key: str) -> str:
 
 def _generated(p: View) -> tuple[str, str] | None:
     if p.dataset.source == "generated":
-        return "dataset.source = 'generated', whose pictures are opaque squares", "dataset.source to imagefolder"
+        return "dataset.source = 'generated', whose images are opaque squares", "dataset.source to imagefolder"
 
 
 def _not_generated(p: View) -> tuple[str, str] | None:
     if p.dataset.source != "generated":
-        return f"dataset.source = {p.dataset.source!r}, where no picture is measured", "dataset.source to generated"
+        return f"dataset.source = {p.dataset.source!r}, where no image is measured", "dataset.source to generated"
 
 
 def _no_trackers(p: View) -> tuple[str, str] | None:
     if not p.train.trackers:
-        return "train.trackers = [], which alone show pictures", "train.trackers to [tensorboard]"
+        return "train.trackers = [], which alone show images", "train.trackers to [tensorboard]"
 
 
-def _no_pictures(p: View) -> tuple[str, str] | None:
+def _no_images(p: View) -> tuple[str, str] | None:
     if p.train.trackers and not p.validation.prompts:
         return "validation.prompts = []", "give that prompts"
     return _no_trackers(p)
@@ -296,7 +296,7 @@ def _captions_survive_the_flip(p: View) -> str | None:
     if p.dataset.source == "generated" and p.precompute.random_flip:
         return (
             "precompute.random_flip = True: the captions of dataset.source = 'generated' say left and right, "
-            "which a mirror makes false; use false"
+            "which a flip makes false; use false"
         )
 
 
@@ -313,8 +313,8 @@ RULES: tuple[Rule, ...] = (
     _has_effect("dataset.alpha_background", _generated), _has_effect("precompute.center_crop", _generated),
     _has_effect("evaluate.num_prompts", _not_generated), _has_effect("evaluate.num_inference_steps", _not_generated),
     _has_effect("evaluate.guidance_scale", _not_generated),
-    _has_effect("validation.prompts", _no_trackers), _has_effect("validation.num_inference_steps", _no_pictures),
-    _has_effect("validation.guidance_scale", _no_pictures), _has_effect("sample.negative_prompt", _no_guidance),
+    _has_effect("validation.prompts", _no_trackers), _has_effect("validation.num_inference_steps", _no_images),
+    _has_effect("validation.guidance_scale", _no_images), _has_effect("sample.negative_prompt", _no_guidance),
     _has_effect("train.timestep_sampling", _one_row),
     _has_effect("train.ema_schedule", _no_ema), _has_effect("train.ema_decay", _no_ema, neutral="null"),
     _has_effect("train.ema_inv_gamma", _no_ema), _has_effect("train.ema_power", _no_ema),

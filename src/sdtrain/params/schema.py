@@ -47,12 +47,12 @@ class BaseParams(Section):
 
 
 class DatasetParams(Section):
-    """Captioned pictures, and which of them are held out."""
+    """Captioned images, and which of them are held out."""
 
     source: Literal["generated", "hub", "imagefolder", "webdataset", "parquet"]
     """`generated`: scenes of coloured shapes. The others are read with Hugging Face Datasets."""
     path: Text
-    """Folder (or one file) of the pictures; DVC watches it, so it must exist whatever `source` is."""
+    """Folder (or one file) of the images; DVC watches it, so it must exist whatever `source` is."""
     repo: HubRepo | None
     """Hub data set, `owner/name`."""
     revision: Text | None
@@ -60,18 +60,18 @@ class DatasetParams(Section):
     split: Text
     """`hub` only: the split to read."""
     image_column: Text
-    """All but `generated`: column of the picture (`jpg`, `png`, … in WebDataset tars; in an image folder `image`, or
+    """All but `generated`: column of the image (`jpg`, `png`, … in WebDataset tars; in an image folder `image`, or
     what stands before `_file_name` in its metadata)."""
     caption_column: Text
     """All but `generated`: column of the caption (`txt` in WebDataset tars)."""
     max_train_samples: PositiveInt | None
-    """Stop at this many training pictures, taken in an order drawn from `seed`; null takes all."""
+    """Stop at this many training images, taken in an order drawn from `seed`; null takes all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the pictures held out, chosen by a hash of their pixels: copies stay on one side."""
+    """Share of the images held out, chosen by a hash of their pixels: copies stay on one side."""
     alpha_background: Annotated[str, StringConstraints(pattern=r"^#[0-9a-fA-F]{6}$")]
-    """All but `generated`: colour behind transparent pictures, `#rrggbb`."""
+    """All but `generated`: colour behind transparent images, `#rrggbb`."""
     num_workers: NonNegativeInt
-    """Threads that decode and check pictures; 0 works in the main thread."""
+    """Threads that decode and check images; 0 works in the main thread."""
     num_scenes: PositiveInt
     """`generated` only: how many scenes to draw."""
     new_fraction: Annotated[float, Field(ge=0, le=1)]
@@ -82,14 +82,14 @@ class PrecomputeParams(Section):
     """The cache of VAE posteriors and CLIP token ids."""
 
     resolution: PositiveInt
-    """Pictures are resized (shorter side) and cropped to this square, in px; a multiple of the VAE's factor."""
+    """Images are resized (shorter side) and cropped to this square, in px; a multiple of the VAE's factor."""
     center_crop: bool
-    """true crops the middle; false crops where a draw from (`seed`, picture) says, once for all epochs.
-    `generated` pictures are squares already: true only."""
+    """true crops the middle; false crops where a draw from (`seed`, image) says, once for all epochs.
+    `generated` images are squares already: true only."""
     random_flip: bool
-    """Also cache the mirror's own encoding; `train` draws one of the two at every visit."""
+    """Also cache the flipped image's own encoding; `train` draws one of the two at every visit."""
     batch_size: PositiveInt
-    """Pictures per VAE call. Changes speed and memory only."""
+    """Images per VAE call. Changes speed and memory only."""
 
 
 class FinetuneParams(Section):
@@ -115,11 +115,11 @@ class TrainParams(Section):
     max_steps: PositiveInt | None
     """Optimizer steps; give this or `max_epochs`."""
     max_epochs: PositiveInt | None
-    """Passes over the training pictures; give this or `max_steps`."""
+    """Passes over the training images; give this or `max_steps`."""
     batch_size: PositiveInt
-    """Effective batch: pictures per optimizer step, whatever the number of processes."""
+    """Effective batch: images per optimizer step, whatever the number of processes."""
     micro_batch_size: PositiveInt
-    """Pictures per forward pass and process; accumulation follows from it and `batch_size`."""
+    """Images per forward pass and process; accumulation follows from it and `batch_size`."""
     precision: Literal["fp32", "bf16", "fp16"]
     """Forward and backward pass; weights, optimizer and EMA stay in fp32."""
     optimizer: Literal["adamw", "adamw_8bit"]
@@ -207,23 +207,23 @@ class TrainParams(Section):
 
 
 class ValidationParams(Section):
-    """The held-out loss and the pictures during training."""
+    """The held-out loss and the images during training."""
 
     every_n_steps: PositiveInt
     """Optimizer steps between validations; the last step always validates, and step 0 gives the base's loss."""
     num_timesteps: PositiveInt
-    """Timesteps at which each held-out picture is noised, in the middle of as many equal bins."""
+    """Timesteps at which each held-out image is noised, in the middle of as many equal bins."""
     max_samples: PositiveInt
-    """Held-out pictures used at each validation."""
+    """Held-out images used at each validation."""
     batch_size: PositiveInt
     """Noised latents per UNet call. Changes speed and memory only."""
     prompts: list[Text]
     """Prompts drawn into the trackers at each validation after step 0, the same noise each time; may be empty, and
     must be without trackers."""
     num_inference_steps: PositiveInt
-    """With prompts only: DPM-Solver++ steps of these pictures."""
+    """With prompts only: DPM-Solver++ steps of these images."""
     guidance_scale: Annotated[float, Field(ge=0)]
-    """With prompts only: classifier-free guidance of these pictures; 1 or less is none."""
+    """With prompts only: classifier-free guidance of these images; 1 or less is none."""
 
 
 class ExportParams(Section):
@@ -238,35 +238,35 @@ class ExportParams(Section):
 
 
 class SampleParams(Section):
-    """The grid of pictures, base beside trained."""
+    """The grid of images, base beside trained."""
 
     prompts: Annotated[list[Text], Field(min_length=1)]
     """One row of the grid each."""
     negative_prompt: str
     """What guidance steers away from; the empty text is the usual one, and the only one without guidance."""
     images_per_prompt: PositiveInt
-    """Pictures per prompt and model."""
+    """Images per prompt and model."""
     num_inference_steps: PositiveInt
     """DPM-Solver++ steps."""
     guidance_scale: Annotated[float, Field(ge=0)]
     """Classifier-free guidance; 1 or less is none."""
     batch_size: PositiveInt
-    """Pictures drawn at once. Changes speed and memory only."""
+    """Images drawn at once. Changes speed and memory only."""
 
 
 class EvaluateParams(Section):
     """Numbers on held-out data."""
 
     num_timesteps: PositiveInt
-    """Timesteps at which each held-out picture is noised, in the middle of as many equal bins."""
+    """Timesteps at which each held-out image is noised, in the middle of as many equal bins."""
     max_samples: PositiveInt
-    """Held-out pictures used for the loss."""
+    """Held-out images used for the loss."""
     num_prompts: PositiveInt
-    """`generated` only: prompts of each kind (new and known concepts) whose pictures are measured."""
+    """`generated` only: prompts of each kind (new and known concepts) whose images are measured."""
     num_inference_steps: PositiveInt
-    """`generated` only: DPM-Solver++ steps of these pictures."""
+    """`generated` only: DPM-Solver++ steps of these images."""
     guidance_scale: Annotated[float, Field(ge=0)]
-    """`generated` only: classifier-free guidance of these pictures; 1 or less is none."""
+    """`generated` only: classifier-free guidance of these images; 1 or less is none."""
     batch_size: PositiveInt
     """Latents per UNet call. Changes speed and memory only."""
     num_bootstrap: Annotated[int, Field(ge=100)]

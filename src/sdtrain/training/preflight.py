@@ -20,7 +20,7 @@ from sdtrain.training.memory import Costs, training_costs
 _STD_RANGE = (0.4, 2.5)
 """Of scaled latents. The scaling factor makes it about 1; none at all gives about 5.5 for SD's, twice gives 0.18."""
 _MIN_PSNR_DB = 12.0
-"""Of the VAE's round trip. A sound VAE reaches 20 and more; a constant grey picture about 10."""
+"""Of the VAE's round trip. A sound VAE reaches 20 and more; a constant grey image about 10."""
 _MAX_CACHE_ERROR = 0.05
 """Relative L2 distance of cached and fresh means; float16 storage and another device's kernels stay far below."""
 
@@ -85,12 +85,12 @@ def check_latents(batch: Tensor) -> float:
 
 @torch.no_grad()
 def check_vae(vae: AutoencoderKL, shards: LatentShards, latents: Path) -> float:
-    """The VAE encodes the cache's probe pictures to what is cached, unscaled, and decodes that to the pictures.
+    """The VAE encodes the cache's probe images to what is cached, unscaled, and decodes that to the images.
 
     Returns the round trip's PSNR in dB, over pixels in -1..1.
 
     Raises:
-        InputError: the cache is scaled or of another VAE, or the round trip loses the picture.
+        InputError: the cache is scaled or of another VAE, or the round trip loses the image.
     """
     pixels = read_probe(latents).to(vae.device)
     cached = torch.stack([shards.read(row, "mean")["mean"] for row in range(len(pixels))]).to(vae.device)
@@ -99,14 +99,14 @@ def check_vae(vae: AutoencoderKL, shards: LatentShards, latents: Path) -> float:
     if not error < _MAX_CACHE_ERROR:
         factor = ((cached * fresh).sum() / fresh.square().sum()).item()
         raise InputError(
-            f"{latents}: the VAE of data/base encodes its probe pictures otherwise than they are cached (relative "
+            f"{latents}: the VAE of data/base encodes its probe images otherwise than they are cached (relative "
             f"error {error:.2f}; the cache is {factor:.3f} times that, and it must be unscaled, the scaling factor is "
             f"{vae.config.scaling_factor}); run `dvc repro --force precompute`"
         )
     psnr = (10 * torch.log10(4 / (vae.decode(cached).sample.clamp(-1, 1) - pixels).square().mean())).item()
     if not psnr > _MIN_PSNR_DB:
         raise InputError(
-            f"the VAE's round trip keeps {psnr:.1f} dB of the probe pictures, at least {_MIN_PSNR_DB:.0f} are needed: "
+            f"the VAE's round trip keeps {psnr:.1f} dB of the probe images, at least {_MIN_PSNR_DB:.0f} are needed: "
             "what it can't draw, no UNet can; take another VAE (base.vae_repo) or a larger precompute.resolution"
         )
     return psnr

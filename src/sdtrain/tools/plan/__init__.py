@@ -1,4 +1,4 @@
-"""What a params file will do, without doing it: pictures, steps, memory, disk and, if asked, time.
+"""What a params file will do, without doing it: images, steps, memory, disk and, if asked, time.
 
 Nothing has to be there yet. What the stages have made is counted where it is what these params ask for; else params
 and the base's configs answer. Of the hub only configs and a data set's card are asked, some kB; where that fails, the
@@ -19,8 +19,8 @@ from sdtrain.params.machine import count_micro_batches, count_processes
 from sdtrain.params.schema import Params
 from sdtrain.tools.plan.base import PARTS, Base, find_base, latent_shape
 from sdtrain.tools.plan.disk import disk_items, disk_lines
+from sdtrain.tools.plan.images import Images, count_images
 from sdtrain.tools.plan.made import Made, find_made
-from sdtrain.tools.plan.pictures import Pictures, count_pictures
 from sdtrain.tools.plan.sizes import gib
 from sdtrain.training.devices import build_accelerator
 from sdtrain.training.files import TrainFiles
@@ -53,29 +53,29 @@ def plan_run(params: Params, files: TrainFiles, dataset: Path, num_timed_steps: 
         _check_timing(num_processes, made, files)
     base = find_base(params.base, files.base, made.base)
     shape = latent_shape(base.configs, params.precompute.resolution)
-    pictures = count_pictures(params.dataset, params.seed, files.latents, dataset, made)
-    num_steps = _num_steps(params, pictures)
+    images = count_images(params.dataset, params.seed, files.latents, dataset, made)
+    num_steps = _num_steps(params, images)
     costs = training_costs(base.configs, params.method, params.train, shape)
     lines = [
         *(("out of date", reason) for reason in made.stale),
         *_base_lines(base),
-        *_steps_lines(params, pictures, num_steps),
+        *_steps_lines(params, images, num_steps),
         *_training_lines(params, costs, num_processes, num_micro_batches),
         *disk_lines(
-            disk_items(params, base, pictures, costs, shape, made), shutil.disk_usage(existing(files.states)).free
+            disk_items(params, base, images, costs, shape, made), shutil.disk_usage(existing(files.states)).free
         ),
-        ("validations", _validations(params, pictures, num_steps)),
+        ("validations", _validations(params, images, num_steps)),
         ("resume", _saved_state(params, files, made)),
         ("time", _time(params, files, num_timed_steps, num_steps)),
     ]
     return [f"{name:16} {text}" for name, text in lines]
 
 
-def _num_steps(params: Params, pictures: Pictures) -> int | None:
-    """None where it depends on pictures that aren't counted."""
-    if params.train.max_steps is None and pictures.num_train is None:
+def _num_steps(params: Params, images: Images) -> int | None:
+    """None where it depends on images that aren't counted."""
+    if params.train.max_steps is None and images.num_train is None:
         return None
-    num_steps = count_steps(params.train, pictures.num_train or 0)
+    num_steps = count_steps(params.train, images.num_train or 0)
     check_warmup(params.train, num_steps)
     return num_steps
 
@@ -92,25 +92,25 @@ def _base_lines(base: Base) -> Lines:
     return lines
 
 
-def _steps_lines(params: Params, pictures: Pictures, num_steps: int | None) -> Lines:
-    train, until = params.train, "unknown until the pictures are counted"
-    if pictures.num_train is None:
-        counted, epochs = f"unknown ({pictures.origin})", f"epochs {until}"
+def _steps_lines(params: Params, images: Images, num_steps: int | None) -> Lines:
+    train, until = params.train, "unknown until the images are counted"
+    if images.num_train is None:
+        counted, epochs = f"unknown ({images.origin})", f"epochs {until}"
     else:
-        counted = f"{pictures.num_train:,} to train on, {pictures.num_held_out:,} held out ({pictures.origin})"
-        epochs = f"{num_steps * train.batch_size / max(1, pictures.num_train):.1f} epochs"
+        counted = f"{images.num_train:,} to train on, {images.num_held_out:,} held out ({images.origin})"
+        epochs = f"{num_steps * train.batch_size / max(1, images.num_train):.1f} epochs"
     if num_steps is None:
-        steps = f"{train.max_epochs:,} epochs, steps of {train.batch_size} pictures {until} (train.max_epochs)"
+        steps = f"{train.max_epochs:,} epochs, steps of {train.batch_size} images {until} (train.max_epochs)"
     else:
         key = "max_steps" if train.max_steps else "max_epochs"
-        steps = f"{num_steps:,} of {train.batch_size} pictures, {epochs} (train.{key})"
-    return [("pictures", counted), ("steps", steps)]
+        steps = f"{num_steps:,} of {train.batch_size} images, {epochs} (train.{key})"
+    return [("images", counted), ("steps", steps)]
 
 
-def _validations(params: Params, pictures: Pictures, num_steps: int | None) -> str:
+def _validations(params: Params, images: Images, num_steps: int | None) -> str:
     every, most = params.validation.every_n_steps, params.validation.max_samples
     times = f"one every {every:,} steps" if num_steps is None else f"{math.ceil(num_steps / every) + 1:,}"
-    at_most, num_held_out = ("up to ", most) if pictures.num_held_out is None else ("", pictures.num_held_out)
+    at_most, num_held_out = ("up to ", most) if images.num_held_out is None else ("", images.num_held_out)
     num_latents = min(most, num_held_out) * params.validation.num_timesteps
     kinds = "raw and EMA" if params.train.use_ema else "raw"
     return f"{times}, of {at_most}{num_latents:,} noised latents each, {kinds} weights"

@@ -10,16 +10,16 @@ from sdtrain.data.shards import NUM_PROBES
 from sdtrain.models.parts import Configs, vae_factor
 from sdtrain.params.schema import Params
 from sdtrain.tools.plan.base import Base
+from sdtrain.tools.plan.images import Images
 from sdtrain.tools.plan.made import Made
-from sdtrain.tools.plan.pictures import Pictures
 from sdtrain.tools.plan.sizes import size
 from sdtrain.training.memory import Costs
 from sdtrain.training.preflight import MAX_STATES, disk_needs
 
 _ID_BYTES = 38
-"""Of a picture's id in the head of a latent shard: 32 characters, quotes with their backslashes, comma, space."""
+"""Of an image's id in the head of a latent shard: 32 characters, quotes with their backslashes, comma, space."""
 _MIN_CELL_PX = 128
-"""To which the grid of samples enlarges small pictures."""
+"""To which the grid of samples enlarges small images."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Item:
 
 
 def disk_items(
-    params: Params, base: Base, pictures: Pictures, costs: Costs, latent_shape: tuple[int, int, int], made: Made
+    params: Params, base: Base, images: Images, costs: Costs, latent_shape: tuple[int, int, int], made: Made
 ) -> list[Item]:
     """What a run of the whole pipeline writes."""
     num_best, dtype = params.train.num_best_checkpoints, params.export.dtype
@@ -45,32 +45,30 @@ def disk_items(
     model_bytes = sum(base.num_parameters.values()) * {"fp32": 4, "fp16": 2}[dtype]
     states = f"of this run: up to {MAX_STATES} of {size(costs.state_bytes)}, and {num_best + 2} checkpoints beside them"
     checkpoints = f"{num_best} best and the last, {size(costs.checkpoint_bytes)} each, {kinds} weights"
-    dataset_origin = pictures.bytes_origin if pictures.num_bytes is not None else "see pictures"
+    dataset_origin = images.bytes_origin if images.num_bytes is not None else "see images"
     return [
         Item("base", base.num_bytes, base.bytes_origin, is_there=made.base),
-        Item("dataset", pictures.num_bytes, dataset_origin, is_there=made.dataset),
-        latents_item(params, base, pictures, latent_shape, made.latents),
+        Item("dataset", images.num_bytes, dataset_origin, is_there=made.dataset),
+        latents_item(params, base, images, latent_shape, made.latents),
         Item("states", needs.states_bytes, states, is_out=False),
         Item("checkpoints", needs.checkpoints_bytes, checkpoints),
         Item("model", model_bytes, f"about, {dtype}"),
         Item("samples", _grid_bytes(params, base.configs, latent_shape[-1]), "at most"),
-        *_hub_items(params, base, pictures, made),
+        *_hub_items(params, base, images, made),
     ]
 
 
-def latents_item(
-    params: Params, base: Base, pictures: Pictures, latent_shape: tuple[int, int, int], is_made: bool
-) -> Item:
+def latents_item(params: Params, base: Base, images: Images, latent_shape: tuple[int, int, int], is_made: bool) -> Item:
     """data/latents, in the format of `shards.py`: float16 mean and log-variance, int64 token ids, float32 probe."""
     num_views, num_values = 2 if params.precompute.random_flip else 1, math.prod(latent_shape)
     num_tokens = base.configs.text_encoder["max_position_embeddings"]
     row_bytes = num_views * 2 * 2 * num_values + 8 * num_tokens + _ID_BYTES
     shape = " x ".join(map(str, latent_shape))
-    row = f"{row_bytes / 2**10:.1f} KiB a picture: {shape}{', and its mirror' if num_views == 2 else ''}"
-    if pictures.num_all is None:
+    row = f"{row_bytes / 2**10:.1f} KiB per image: {shape}{', plain and flipped' if num_views == 2 else ''}"
+    if images.num_all is None:
         return Item("latents", None, row)
-    probe_bytes = min(NUM_PROBES, pictures.num_held_out) * 3 * 4 * params.precompute.resolution**2
-    return Item("latents", pictures.num_all * row_bytes + probe_bytes, row, is_there=is_made)
+    probe_bytes = min(NUM_PROBES, images.num_held_out) * 3 * 4 * params.precompute.resolution**2
+    return Item("latents", images.num_all * row_bytes + probe_bytes, row, is_there=is_made)
 
 
 def _grid_bytes(params: Params, configs: Configs, latent_size: int) -> int:
@@ -81,11 +79,11 @@ def _grid_bytes(params: Params, configs: Configs, latent_size: int) -> int:
     return 2 * len(params.sample.prompts) * params.sample.images_per_prompt * 3 * side**2
 
 
-def _hub_items(params: Params, base: Base, pictures: Pictures, made: Made) -> list[Item]:
+def _hub_items(params: Params, base: Base, images: Images, made: Made) -> list[Item]:
     """What the hub's clients keep of their downloads; the data set as files and as Arrow."""
     num_bytes = base.num_hub_bytes
     if params.dataset.source == "hub" and not made.dataset:
-        num_bytes += 2 * (pictures.num_bytes or 0)
+        num_bytes += 2 * (images.num_bytes or 0)
     return [Item("hub cache", num_bytes, f"about, downloads in {constants.HF_HOME}", is_out=False)] if num_bytes else []
 
 

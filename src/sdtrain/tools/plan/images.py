@@ -1,4 +1,4 @@
-"""How many pictures there will be, and their bytes: counted where the stages have run, else as the source tells."""
+"""How many images there will be, and their bytes: counted where the stages have run, else as the source tells."""
 
 import tarfile
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from sdtrain.tools.plan.sizes import folder_bytes
 _NUM_DRAWN = 16
 """Generated scenes that are drawn to see how large their files are."""
 _ROW_BYTES = 170
-"""Of a picture in data/dataset beside its file: id, caption, its row in inputs.csv."""
+"""Of an image in data/dataset beside its file: id, caption, its row in inputs.csv."""
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """How many pictures there will be, and the bytes of data/dataset; None is unknown."""
+class Images:
+    """How many images there will be, and the bytes of data/dataset; None is unknown."""
 
     num_train: int | None
     num_held_out: int | None
@@ -45,46 +45,46 @@ class Pictures:
 class Found:
     """What a source is known to hold, in files or rows; None is unknown."""
 
-    num_pictures: int | None
+    num_images: int | None
     num_bytes: int | None
     origin: str
 
 
-def count_pictures(params: DatasetParams, seed: int, latents: Path, dataset: Path, made: Made) -> Pictures:
-    """The pictures, from the nearest place that tells."""
+def count_images(params: DatasetParams, seed: int, latents: Path, dataset: Path, made: Made) -> Images:
+    """The images, from the nearest place that tells."""
     if made.dataset:
         splits = DatasetManifest.read(dataset).splits
         counts, origin = [splits[name].num_rows for name in SPLITS], f"counted in {dataset}"
         num_bytes, bytes_origin = folder_bytes(dataset), origin
     else:
         found = ask_source(params, seed)
-        counts, origin = split_counts(params, found.num_pictures), found.origin
+        counts, origin = split_counts(params, found.num_images), found.origin
         num_bytes, bytes_origin = _share_of_bytes(found, counts), found.origin
     if made.latents:
         manifest = LatentsManifest.read(latents)
         counts, origin = [manifest.num_rows(name) for name in SPLITS], f"counted in {latents}"
-    return Pictures(*counts, origin, num_bytes, bytes_origin)
+    return Images(*counts, origin, num_bytes, bytes_origin)
 
 
-def split_counts(params: DatasetParams, num_pictures: int | None) -> list[int | None]:
-    """About how many pictures of a source are trained on and held out, if none is dropped."""
-    if num_pictures is None:
+def split_counts(params: DatasetParams, num_images: int | None) -> list[int | None]:
+    """About how many images of a source are trained on and held out, if none is dropped."""
+    if num_images is None:
         return [None, None]
-    held_out, limit = round(num_pictures * params.validation_fraction), params.max_train_samples
-    train = num_pictures - held_out
+    held_out, limit = round(num_images * params.validation_fraction), params.max_train_samples
+    train = num_images - held_out
     if limit is not None and limit < train:  # reading ends there, and with it the held-out ones
         return [limit, round(limit / (1 - params.validation_fraction) * params.validation_fraction)]
     return [train, held_out]
 
 
 def _share_of_bytes(found: Found, counts: list[int | None]) -> int | None:
-    if found.num_bytes is None or not found.num_pictures:
+    if found.num_bytes is None or not found.num_images:
         return None
-    return round(sum(counts) * (found.num_bytes / found.num_pictures + _ROW_BYTES))
+    return round(sum(counts) * (found.num_bytes / found.num_images + _ROW_BYTES))
 
 
 def ask_source(params: DatasetParams, seed: int) -> Found:
-    """What the source holds, as far as can be told without reading its pictures."""
+    """What the source holds, as far as can be told without reading its images."""
     if params.source == "generated":
         sizes = [_scene_bytes(params, seed, index) for index in range(_NUM_DRAWN)]
         num_bytes = round(params.num_scenes * sum(sizes) / len(sizes))
@@ -113,8 +113,8 @@ def _count_files(path: Path) -> Found:
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     sizes = [file.stat().st_size for file in path.rglob("*") if file.suffix.lower() in suffixes]
     if not sizes:
-        return Found(None, None, f"dataset.path = '{path}' holds no pictures yet")
-    return Found(len(sizes), sum(sizes), f"about, the picture files in {path}")
+        return Found(None, None, f"dataset.path = '{path}' holds no images yet")
+    return Found(len(sizes), sum(sizes), f"about, the image files in {path}")
 
 
 def _count_rows(path: Path) -> Found:
