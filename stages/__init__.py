@@ -1,7 +1,7 @@
 """The DAG's stages, run as `python -m stages.<name>` from the project's root.
 
-`src/` goes first on the path, so that queued and `--temp` runs import their snapshot's code and
-never an installed copy.
+`src/` comes first on the path, so that queued and `--temp` runs import their snapshot's code and
+not an installed copy.
 """
 
 import os
@@ -15,11 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a stage; a fault in the input, or a full disk, prints its message alone and exits with 1."""
+    """Run a stage; a fault in the input, or a full disk, prints only its message and exits with 1."""
     from sdtrain.ground.errors import InputError
     from sdtrain.ground.files import disk_full, disk_is_full
 
-    def end_thread(failed: threading.ExceptHookArgs) -> None:  # TensorBoard's writer; the main thread hears of it, too
+    def end_thread(
+        failed: threading.ExceptHookArgs,
+    ) -> None:  # TensorBoard's writer; the main thread fails, too
         if not disk_is_full(failed.exc_value):
             threading.__excepthook__(failed)
 

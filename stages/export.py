@@ -1,4 +1,4 @@
-"""Make the chosen checkpoint a Diffusers model: data/model."""
+"""Export the chosen checkpoint as a Diffusers model: data/model."""
 
 from sdtrain.export import export_model
 from sdtrain.params.load import load_params

@@ -1,4 +1,4 @@
-"""Several processes, on one machine or more, for a stage that can use them."""
+"""Starts a stage with several processes, on one machine or more."""
 
 import os
 import sys
@@ -8,10 +8,10 @@ from sdtrain.params.machine import launch_numbers
 
 
 def launch(module: str) -> None:
-    """Start this stage anew under torchrun where `NPROC` or `NNODES` ask for more than one process.
+    """Restart this stage under torchrun if `NPROC` or `NNODES` ask for more than one process.
 
-    `NPROC` is the number of processes of this machine. Of several machines, `NNODES`, each runs the same
-    command with its own `NODE_RANK`, and with the first one's `MASTER_ADDR` and `MASTER_PORT`.
+    `NPROC` is the number of processes on this machine, `NNODES` the number of machines. Each machine runs the
+    same command with its own `NODE_RANK`, and with the first one's `MASTER_ADDR` and `MASTER_PORT`.
 
     Raises:
         InputError: one of these is missing, or isn't a number.
@@ -28,6 +28,6 @@ def launch(module: str) -> None:
             raise InputError(f"NNODES = {num_nodes}: set {', '.join(missing)} too; docs/training.md shows how")
         command += [f"--nnodes={num_nodes}", f"--node-rank={os.environ['NODE_RANK']}"]
         command += [f"--master-addr={os.environ['MASTER_ADDR']}", f"--master-port={os.environ['MASTER_PORT']}"]
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in, after a signal
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save after a signal
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     os.execv(sys.executable, [*command, "-m", module])

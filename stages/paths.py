@@ -1,4 +1,4 @@
-"""Every path of the pipeline. Each is a dep or an out in dvc.yaml, which a test compares with their use."""
+"""Every path of the pipeline. A test checks that dvc.yaml has the same ones."""
 
 import os
 from pathlib import Path
@@ -24,6 +24,6 @@ ACCURACY_TABLE = Path("metrics/prompt_accuracy.csv")
 
 _ROOT = Path(os.environ.get("DVC_ROOT", "."))
 RUNS = _ROOT / "runs"
-"""The trackers' folder. Not an out: it is the project's own even while a `--temp` run works elsewhere."""
+"""The trackers' folder. Not an out: it is in the project even if a `--temp` run works elsewhere."""
 STATES = _ROOT / ".dvc" / "tmp" / "resume"
 """Saved states of training. Not an out: DVC deletes outs before a stage runs."""

@@ -23,7 +23,7 @@ SHRUNK = {
 def shrunk_tree(**changes: dict) -> dict:
     """The shipped params.yaml as a tree, shrunk, with changes by section.
 
-    What the changes leave without effect stays as shipped, as the rules demand.
+    What has no effect after the changes keeps its shipped value, as the rules demand.
     """
     tree = copy.deepcopy(yaml.safe_load((ROOT / "params.yaml").read_text()))
     shrunk = copy.deepcopy(SHRUNK)

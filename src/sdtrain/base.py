@@ -1,7 +1,7 @@
-"""The base model: gather its parts, check that they fit together, record what they are.
+"""The base model: gather its parts, check that they fit together, record their origin.
 
-`data/base/` is a complete folder in the Diffusers layout. Its `manifest.json` holds where each
-part came from (with the hub's commit) and the SHA-256 of every file. Only configs, tokenizer files
+`data/base/` is a complete folder in the Diffusers layout. Its `manifest.json` records where
+each part came from (with the hub's commit) and the SHA-256 of every file. Only configs, tokenizer files
 and safetensors are taken: no pickle is read and no remote code runs.
 """
 
@@ -24,7 +24,7 @@ _PARTS = {
     "vae": (("config.json",), "diffusion_pytorch_model"),
     "unet": (("config.json",), "diffusion_pytorch_model"),
 }
-"""Part: its small files, and the stem of its weights."""
+"""Part to its small files, and the stem of its weights."""
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 """A tokenizer has one of these; SD 1.5's repository has the second."""
 
@@ -74,7 +74,7 @@ def resolve_base(params: BaseParams, seed: int, out: Path) -> BaseManifest:
 
 
 def check_fit(folder: Path) -> None:
-    """Check from the configs alone that VAE, text encoder, tokenizer and UNet belong together.
+    """Check, from the configs alone, that VAE, text encoder, tokenizer and UNet belong together.
 
     Raises:
         InputError: names both files and both values of every mismatch.
@@ -99,13 +99,13 @@ def check_fit(folder: Path) -> None:
             unet[side] == channels,
             f"unet {side} = {unet[side]}",
             f"vae latent_channels = {channels}",
-            "the UNet must take and give the VAE's latents",
+            "the UNet's input and output must be the VAE's latents",
         )
     must(
         unet["cross_attention_dim"] == width,
         f"unet cross_attention_dim = {unet['cross_attention_dim']}",
         f"text_encoder hidden_size = {width}",
-        "the UNet must attend to the text encoder's width",
+        "the UNet's cross-attention must have the text encoder's width",
     )
     must(
         vocabulary <= text["vocab_size"],
@@ -192,7 +192,7 @@ def _files_of(where: str, part: str, names: list[str]) -> list[str]:
 
 
 def _init_unet(config: dict, seed: int, folder: Path) -> None:
-    """A UNet of the given structure with random weights from `seed`; widths follow the other parts."""
+    """Save a UNet with this config and random weights from `seed`; its widths follow the other parts."""
     import inspect
 
     import torch

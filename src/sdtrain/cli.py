@@ -1,4 +1,4 @@
-"""The command line beside DVC: `sdtrain plan`, `sdtrain overfit` and `sdtrain generate`."""
+"""The commands outside DVC: `sdtrain plan`, `sdtrain overfit` and `sdtrain generate`."""
 
 import argparse
 import os
@@ -16,18 +16,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="sdtrain", description="Fine-tune Stable Diffusion; see README.md.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("generate", help="draw images from prompts")
-    command.add_argument("--model", type=Path, required=True, help="a Diffusers folder, or a checkpoint's")
+    command.add_argument("--model", type=Path, required=True, help="a Diffusers model's folder, or a checkpoint's")
     command.add_argument(
         "--base",
         type=Path,
         help="where a checkpoint's VAE and text encoder come from (data/base)",
     )
-    command.add_argument("--weights", choices=["ema", "raw"], help="a checkpoint's weights; ema where it keeps them")
+    command.add_argument("--weights", choices=["ema", "raw"], help="a checkpoint's weights (ema if it has them)")
     command.add_argument("--prompt", action="append", required=True, help="may be given several times")
     command.add_argument("--negative-prompt", default="", help="what to steer away from")
     command.add_argument("--num-images", type=_positive, default=1, help="images per prompt (%(default)s)")
     command.add_argument(
-        "--seed", type=int, default=0, help="of a prompt's first image; the next count up (%(default)s)"
+        "--seed", type=int, default=0, help="of a prompt's first image; each further one adds 1 (%(default)s)"
     )
     command.add_argument("--steps", type=_positive, default=25, help="DPM-Solver++ steps (%(default)s)")
     command.add_argument("--guidance-scale", type=float, default=7.5, help="classifier-free guidance (%(default)s)")
@@ -38,10 +38,10 @@ def main(arguments: list[str] | None = None) -> None:
     command = commands.add_parser("plan", help="say what a params file will do, without training")
     _add_places(command)
     command.add_argument("--dataset", type=Path, default="data/dataset", help="checked images (%(default)s)")
-    command.add_argument("--time-steps", type=_positive, default=0, help="train this many steps to tell the time")
+    command.add_argument("--time-steps", type=_positive, default=0, help="train this many steps to measure their time")
     command.set_defaults(run=_plan)
 
-    command = commands.add_parser("overfit", help="see whether one batch can be learned, where a run learns nothing")
+    command = commands.add_parser("overfit", help="check that one batch can be learned, if a run learns nothing")
     _add_places(command)
     command.add_argument("--steps", type=_positive, default=300, help="optimizer steps (%(default)s)")
     command.add_argument("--rows", type=_positive, default=4, help="images in the batch (%(default)s)")
@@ -76,12 +76,12 @@ def _generate(options: argparse.Namespace) -> None:
     if is_checkpoint(options.model):
         base = options.base or Path("data/base")
         if not (base / "model_index.json").exists():
-            raise InputError(f"--base {base}: no base model here; a checkpoint needs its VAE and text encoder")
+            raise InputError(f"--base {base}: no base model there; a checkpoint needs its VAE and text encoder")
         method, scheduler, _ = load_checkpoint(options.model, options.weights, load_parts(base))
         pipeline = method.pipeline(scheduler).to(pick_device())
     elif options.weights or options.base:
         option = f"--weights {options.weights}" if options.weights else f"--base {options.base}"
-        raise InputError(f"{option}: {options.model} is a whole model, not a checkpoint")
+        raise InputError(f"{option}: {options.model} is a complete model, not a checkpoint")
     else:
         pipeline = load_pipeline(options.model)
     prompts = [prompt for prompt in options.prompt for _ in range(options.num_images)]
@@ -116,12 +116,12 @@ def _overfit(options: argparse.Namespace) -> None:
     from sdtrain.tools.overfit import overfit_batch
 
     if os.environ.get("NPROC", "1") != "1":
-        raise InputError(f"overfit works in one process, the environment says NPROC = {os.environ['NPROC']}; unset it")
+        raise InputError(f"overfit runs in one process, but NPROC = {os.environ['NPROC']}; unset it")
     overfit_batch(load_params(options.params), _files(options), options.rows, options.steps)
 
 
 def _files(options: argparse.Namespace) -> "TrainFiles":
-    """The project's places, as the stage `train` has them."""
+    """The project's paths, as in the stage `train`."""
     from sdtrain.training.files import TrainFiles
 
     root, metrics = Path(os.environ.get("DVC_ROOT", ".")), Path("metrics")

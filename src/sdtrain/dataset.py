@@ -1,8 +1,8 @@
-"""The data gate: every input is read once, kept or dropped, and accounted for.
+"""The data gate: every input is read once, then kept or dropped, and recorded.
 
-Each candidate of `sources.py` is decoded wholly, made plain RGB, and written to the shards of
-`shards.py`. `inputs.csv` has a row for every input with what became of it; `manifest.json` counts
-the reasons, and the notes on images that were kept although something was wrong with them.
+Each candidate of `sources.py` is decoded completely, made plain RGB, and written to the shards of
+`shards.py`. `inputs.csv` has a row for every input with its outcome; `manifest.json` counts the reasons
+for dropping, and the notes on images that were kept although something was wrong with them.
 """
 
 import csv
@@ -31,14 +31,14 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
     """Read the source, write the shards to `out` and the counts to `metrics`.
 
     Raises:
-        InputError: the source can't be read, lacks a column, or leaves a split without images; or there isn't
-            enough memory to decode an image.
+        InputError: the source can't be read, lacks a column, or leaves a split without images; or there
+            isn't enough memory to decode an image.
     """
     with new_folder(out) as folder, _scratch_folder(out) as scratch:
         source = open_source(params, seed, scratch)
         writers = {split: DatasetWriter(folder, split) for split in SPLITS}
         outcomes, notes = Counter(), Counter()
-        # A file's name may be no text at all: any bytes.
+        # A file's name can be any bytes, not only valid text.
         with (folder / "inputs.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             table = csv.writer(file)
             table.writerow(["input", "outcome", "reason", "id"])
@@ -51,7 +51,7 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
                     table.writerow([candidate.name, "dropped", row, ""])
                     outcomes[row.split(":")[0]] += 1
                     continue
-                # By pixels alone: copies stay on one side, and every seed holds out the same images.
+                # By pixels alone: copies stay in one split, and every seed holds out the same images.
                 held_out = randomness.uniform(0, "split", randomness.hash64(row.pop("pixels_sha256")))
                 split = "validation" if held_out < params.validation_fraction else "train"
                 note = row.pop("note")
@@ -87,15 +87,15 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
     print(
         f"{counts['num_inputs']} inputs: {counts['num_train']} train, {counts['num_validation']} held out, "
         f"{counts['num_dropped']} dropped {reasons or ''}"
-        + (f"; kept all the same: {manifest.noted}, see {out / 'inputs.csv'}" if notes else "")
+        + (f"; kept with a note: {manifest.noted}, see {out / 'inputs.csv'}" if notes else "")
     )
 
 
 @contextmanager
 def _scratch_folder(out: Path) -> Iterator[str]:
-    """An empty folder beside `out` that is deleted in the end.
+    """An empty folder beside `out`, deleted at the end.
 
-    A run that was killed could not, so what it left is deleted first; its name was random once.
+    What a killed run left behind is deleted first, also under the random names of earlier versions.
     """
     scratch = out.with_name(f"{out.name}.scratch{PARTIAL}")
     left = [path for path in out.parent.glob(f"tmp*{PARTIAL}") if re.fullmatch("tmp[a-z0-9_]{8}", path.stem)]
@@ -122,7 +122,7 @@ def _must_have_images(splits: dict[str, DatasetSplit], reasons: dict, params: Da
 
 
 def _checked(candidates: Iterable[Candidate], params: DatasetParams) -> Iterator[tuple[Candidate, dict | str]]:
-    """Each candidate in order, with its row or the reason why it has none."""
+    """Each candidate in order, with its row or the reason why it is dropped."""
     if params.num_workers == 0:
         for candidate in candidates:
             yield candidate, _check(candidate, params.alpha_background)
@@ -150,10 +150,10 @@ def _check(candidate: Candidate, background: str) -> dict | str:
         data, image, note = clean_image(candidate.image, background)
     except BadImage as fault:
         return str(fault)
-    except MemoryError:  # dropped here, it would be kept on another machine
+    except MemoryError:  # not dropped: another machine would keep it
         raise InputError(
             f"{candidate.name}: not enough memory to decode this image; lower dataset.num_workers, "
-            "or take the image out of the source"
+            "or remove the image from the source"
         ) from None
     pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
     return {

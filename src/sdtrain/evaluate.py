@@ -1,4 +1,4 @@
-"""Numbers on held-out data: the loss of base and trained, and on generated scenes prompt accuracy."""
+"""Metrics on held-out data: the loss of base and trained, and on generated scenes prompt accuracy."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def evaluate_model(
 ) -> None:
     """Compare the `model` with its `base`.
 
-    `method` is the section of params.yaml by which the model was trained.
+    `method` is the section of params.yaml that the model was trained with.
 
     Writes flat numbers to `metrics`; the held-out loss by timestep to `loss_table`; and for generated
     scenes the accuracy by kind of prompt and field to `accuracy_table` (else a table without rows).
@@ -60,7 +60,7 @@ def _held_out_loss(
     pipelines: dict[str, StableDiffusionPipeline],
     shards: LatentShards,
 ) -> tuple[dict, pd.DataFrame]:
-    """What each model's method predicts of the held-out images: of the base, as the method is before its first step."""
+    """The held-out loss of both models under the method; the base counts as the method before its first step."""
     losses = {}
     for name, pipeline in pipelines.items():
         held_out = HeldOut(

@@ -1,4 +1,4 @@
-"""The trained model as stock Diffusers loads it, compared with the training weights before it stays."""
+"""Exports the trained model for stock Diffusers, after a comparison with the checkpoint's weights."""
 
 import os
 from pathlib import Path
@@ -22,8 +22,8 @@ def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path)
     """Write `out`, a Diffusers folder with the chosen checkpoint's weights and the base's other parts.
 
     Raises:
-        InputError: the checkpoint is missing, or keeps no such weights.
-        AssertionError: what was written isn't, or doesn't compute, what the checkpoint does.
+        InputError: the checkpoint is missing, or doesn't have these weights.
+        AssertionError: the written weights, or their output, don't match the checkpoint.
     """
     method, scheduler, config = load_checkpoint(checkpoints / params.checkpoint, params.weights, load_parts(base))
     pipeline = method.pipeline(scheduler)
@@ -35,9 +35,9 @@ def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path)
             for part in _modules(pipeline).values():
                 part.half()
         pipeline.save_pretrained(folder, safe_serialization=True)
-        # Without the git commit: the model is the same at any.
-        facts = {name: value for name, value in config.items() if name != "git_commit"}
-        write_json(folder / "training_config.json", {**facts, "export": params.model_dump()})
+        # Without the git commit, which doesn't change the model.
+        recorded = {name: value for name, value in config.items() if name != "git_commit"}
+        write_json(folder / "training_config.json", {**recorded, "export": params.model_dump()})
         write_text(folder / "README.md", _model_card(params, config, read_json(base / "manifest.json")))
         loaded = type(pipeline).from_pretrained(folder, dtype=torch.float32)
         for name, part in _modules(pipeline).items():
@@ -46,7 +46,7 @@ def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path)
             difference = ((loaded.unet.eval()(**probe).sample - expected).norm() / expected.norm()).item()
         assert difference <= _TOLERANCE[params.dtype], (
             f"the exported UNet's output differs from the checkpoint's by {difference:.2e} (relative), "
-            f"{_TOLERANCE[params.dtype]:.0e} is allowed for {params.dtype}"
+            f"at most {_TOLERANCE[params.dtype]:.0e} is allowed for {params.dtype}"
         )
         size_mib = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
     print(

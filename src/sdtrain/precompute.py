@@ -1,7 +1,7 @@
-"""The latent cache: what the frozen VAE and the tokenizer make of every image and caption.
+"""The latent cache: every image encoded by the frozen VAE, every caption by the tokenizer.
 
-It stores the VAE's posterior (mean and log-variance), not one sample of it, and where the mirror is
-wanted the mirrored image's own encoding: latents can't be flipped.
+It stores the VAE's posterior (mean and log-variance), not one sample of it, and with `random_flip` also
+that of the flipped image, because flipping a latent doesn't give it.
 """
 
 import json
@@ -32,7 +32,7 @@ def precompute_latents(
     """Encode `dataset` with the VAE and tokenizer of `base` into `out`; counts and statistics to `metrics`.
 
     Raises:
-        InputError: the resolution doesn't suit the VAE, or an encoding isn't finite.
+        InputError: the resolution isn't a multiple of the VAE's factor, or an encoding isn't finite.
     """
     manifest = DatasetManifest.read(dataset)
     fingerprint = encoders_fingerprint(base)
@@ -41,8 +41,8 @@ def precompute_latents(
     if params.resolution % factor:
         below, above = params.resolution // factor * factor, -(-params.resolution // factor) * factor
         raise InputError(
-            f"precompute.resolution = {params.resolution}: must be a multiple of {factor}, by which the "
-            f"base's VAE reduces images; take {below or above} or {above}"
+            f"precompute.resolution = {params.resolution}: must be a multiple of {factor}, the factor by "
+            f"which the base's VAE downsamples; use {below or above} or {above}"
         )
     vae.to(device)
     max_token_id = 0
@@ -87,7 +87,7 @@ def precompute_latents(
     print(
         f"latents {statistics.shape}, scaled std {statistics.std:.3f}; "
         f"{counts['num_truncated_captions']} captions truncated to {tokenizer.model_max_length} tokens, "
-        f"{counts['num_upscaled']} images enlarged to {params.resolution} px"
+        f"{counts['num_upscaled']} images upscaled to {params.resolution} px"
     )
 
 
@@ -107,7 +107,7 @@ def _encode_shard(
                     bad = [row["id"] for row, ok in zip(batch, finite, strict=True) if not ok]
                     raise InputError(
                         f"the VAE's {name} isn't finite for {', '.join(bad)} (ids in inputs.csv); "
-                        "remove the images, or take another VAE"
+                        "remove the images, or use another VAE"
                     )
                 parts.setdefault(name + suffix, []).append(stored)
         progress.update(len(batch))
@@ -115,7 +115,7 @@ def _encode_shard(
 
 
 def _pixels(params: PrecomputeParams, seed: int, rows: list[dict]) -> np.ndarray:
-    """What the VAE sees of the images, float32 [len(rows), 3, resolution, resolution] in -1..1."""
+    """The images as the VAE gets them, float32 [len(rows), 3, resolution, resolution] in -1..1."""
     return np.stack(
         [
             square_pixels(decode_rgb(row["image"]), params.resolution, params.center_crop, seed, row["id"])

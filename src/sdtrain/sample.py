@@ -1,4 +1,4 @@
-"""The grid: base beside trained, the same prompts and seeds, captions under the images."""
+"""The grid: base next to trained, with the same prompts and seeds, captions under the images."""
 
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def _draw(params: SampleParams, seed: int, pipeline: StableDiffusionPipeline) ->
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Break a text into lines of at most `width` px, at spaces where it can."""
+    """Break a text at spaces into lines of at most `width` px; longer words stay whole."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,7 +1,7 @@
 """Train on cached latents: the loop.
 
-`train` is the loop; one turn of it is `optimizer_step` in `training/step.py`. How a run starts or resumes is in
-`training/run.py`, what it works on in `training/trainer.py`, what it records in `training/curves.py`.
+`train` is the loop; one iteration is `optimizer_step` in `training/step.py`. `training/run.py` starts or resumes a
+run, `training/trainer.py` builds what it works on, `training/curves.py` records it.
 """
 
 import sys
@@ -26,7 +26,7 @@ def train(params: Params, files: TrainFiles) -> None:
     """Train the method on the cached latents, resuming from the run's last saved state where there is one.
 
     Raises:
-        InputError: a check before the first step fails, a state can't be resumed, or a loss stops being finite.
+        InputError: a check before the first step fails, a state can't be resumed, or a loss is no longer finite.
         SystemExit: 128 + the signal's number, on SIGINT or SIGTERM, once the state is saved.
     """
     run = start_run(params, files)
@@ -47,7 +47,7 @@ def train(params: Params, files: TrainFiles) -> None:
             if (step + 1) % params.train.save_every_n_steps == 0:
                 save(run, step + 1)
             stop_if_asked(run, interruption, step + 1)
-        # Saved first: a longer run that continues from here has neither this row nor, perhaps, this validation.
+        # Saved first: a longer run that resumes from here doesn't have this row, and may not have this validation.
         save(run, step)
         trackers.train_row(curves.flush())
         if not curves.has_validated(step):
@@ -78,7 +78,7 @@ def validate_and_keep(run: Run, step: int) -> None:
 
 
 def validate(run: Run) -> tuple[dict[str, list[float]], list[Image.Image]]:
-    """Held-out loss at each timestep of the `raw` weights and, where kept, the `ema`; images of the latter."""
+    """Held-out loss at each timestep of the `raw` weights and, if kept, the `ema`; and images drawn with the latter."""
     trainer, validation, images = run.trainer, run.spec.params.validation, []
     losses = {"raw": held_out_losses(trainer, run.held_out, trainer.scheduler)}
     with averaged(trainer.weights.values(), trainer.ema):
@@ -100,9 +100,9 @@ def validate(run: Run) -> tuple[dict[str, list[float]], list[Image.Image]]:
 
 def save(run: Run, step: int) -> None:
     """Save the state after `step` steps."""
-    trainer, state = run.trainer, run.state()
+    trainer, fields = run.trainer, run.head_fields()
     if trainer.accelerator.is_main_process:
-        path = run.store.save(step, trainer.weights, trainer.ema, trainer.optimizer, state)
+        path = run.store.save(step, trainer.weights, trainer.ema, trainer.optimizer, fields)
         run.curves.last_good = f"the last good state is {path}"
     trainer.accelerator.wait_for_everyone()
     run.curves.restart_clock()
@@ -127,12 +127,13 @@ def stop_if_asked(run: Run, interruption: Interruption, step: int) -> None:
 
 
 def write_outs(run: Run, step: int) -> None:
-    """The checkpoints (the best, from where they were kept, and the last), the curves and the summary."""
+    """Write the checkpoints (the best ones, copied from the run's folder, and the last), the curves and the summary."""
     files = run.spec.files
     with new_folder(files.checkpoints) as folder:
         for rank, best in enumerate(run.best, start=1):
             place = folder / ("best" if rank == 1 else f"best-{rank}")
-            copy_checkpoint(run.store.checkpoint(best.step), place, run.facts())  # it may have been extended since
+            # With the current record: the run may have been extended since the checkpoint was saved.
+            copy_checkpoint(run.store.checkpoint(best.step), place, run.provenance())
         save_checkpoint(folder / "last", run.trainer.method, run.trainer.ema, run.config(step))
     run.curves.write(files.train_curve, files.speed_curve, files.validation_curve)
     write_json(files.metrics, summary(run, step))

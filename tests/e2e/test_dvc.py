@@ -129,7 +129,7 @@ def test_push_and_pull_through_a_local_remote(project, tmp_path):
 
 
 def test_changed_images_rerun_the_data_set(project):
-    """The images' folder is a dep: what lies in it can't go stale."""
+    """The images' folder is a dep: its content can't go stale."""
     (project.folder / "data" / "images" / "new.txt").write_text("a caption")
     assert "dataset" in stages_run(project.run("dvc repro --dry"))
     (project.folder / "data" / "images" / "new.txt").unlink()

@@ -1,6 +1,6 @@
 """Training that is killed under a real `dvc repro` and taken up again ends, to the bit, as if nothing had happened.
 
-The moments are random, chosen and named by what lies on the disk: the product knows nothing of this test. Wherever
+The moments are random, chosen and named by what is on the disk: the product knows nothing of this test. Wherever
 a signal lands, the end must be the same; so nothing but the count of phases in the full form hangs on timing.
 """
 
@@ -233,7 +233,7 @@ def whole(tmp_path_factory) -> Whole:
 
 
 def results_of(project: Path) -> dict[str, str]:
-    """SHA-256 of a run's outs, and of what it keeps to go on from, measured times and its name left out.
+    """SHA-256 of a run's outs, and of what it resumes from, measured times and its name left out.
 
     Of its states only the newest: the one before it is of an odd step where a signal asked for it there.
     """
@@ -242,9 +242,9 @@ def results_of(project: Path) -> dict[str, str]:
     left_out = {run / "owner.json", newest / "SHA256SUMS", *(path for state in older for path in state.iterdir())}
     kept = [path for path in sorted(run.rglob("*")) if path.is_file() and path not in left_out]
     hashes = {str(path.relative_to(run)): _hash(path.read_bytes()) for path in kept}
-    facts = json.loads((newest / "state.json").read_text())
-    del facts["log"]["speed_rows"], facts["run_name"]
-    hashes[str(newest.relative_to(run) / "state.json")] = _hash(json.dumps(facts).encode())
+    head = json.loads((newest / "state.json").read_text())
+    del head["log"]["speed_rows"], head["run_name"]
+    hashes[str(newest.relative_to(run) / "state.json")] = _hash(json.dumps(head).encode())
     return hashes | {name: _hash((project / name).read_bytes()) for name in METRICS} | checkpoints_of(project)
 
 
@@ -345,7 +345,7 @@ def test_a_trainer_that_outlives_dvc_keeps_its_run_to_itself(whole):
         orphaned.dvc.wait()
         trainer.suspend()  # so that it surely still trains once the second one comes to the lock
         refused = whole.project.run(COMMAND, ok=False)
-        assert f"another process trains this very run already (pid {trainer.pid} on" in refused
+        assert f"another process is already training this run (pid {trainer.pid} on" in refused
         trainer.resume()
         wait_until_gone(trainer)
     whole.check()

@@ -64,7 +64,7 @@ class Workspace:
         return Run(files.checkpoints, files.metrics, *map(pd.read_csv, (files.train_curve, files.validation_curve)))
 
     def files(self, out: Path, **places: Path) -> TrainFiles:
-        """The places of a run whose results lie in `out`."""
+        """The paths of a run whose results are in `out`."""
         ours = {
             "base": self.base,
             "latents": self.latents,

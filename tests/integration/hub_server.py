@@ -6,8 +6,8 @@
         assert hub.asked_for("acme/model") == {"config.json"}
 
 Served are, for models and data sets: a repository's info, its tree, `paths-info`, and its files by
-HEAD and GET, with ranges. Files of the types in `LFS` are told of as the hub does of files in LFS.
-Refusals carry the `X-Error-Code` by which the clients tell them apart.
+HEAD and GET, with ranges. Files of the types in `LFS` are reported as the hub reports files in LFS.
+Refusals carry the `X-Error-Code` by which the clients distinguish them.
 
 How an answer goes wrong is a function from the right `Response` to the one that is sent:
 
@@ -206,7 +206,7 @@ class HubServer:
         """
         kind, name, is_api, (verb, revision, *rest) = _parse(path)
         repo, rest = self._repos.get((kind, name)), [part for part in rest if part]
-        if repo is None:  # the hub tells strangers 401, lest they learn which private repositories exist
+        if repo is None:  # the hub answers strangers 401, so that they can't find out which private repositories exist
             raise _Refusal(401, "RepoNotFound", "Repository not found")
         if repo.broken:
             raise _Refusal(500, None, "Internal Error - We're working hard to fix this as soon as possible!")

@@ -25,7 +25,7 @@ from tests.conftest import ROOT, shrunk_tree
 from tests.integration.test_resume import assert_same
 
 SHORT = {"max_steps": 2, "save_every_n_steps": 1}
-TOLD = r"no space left on the disk, or in your quota, to write .*free some space, then give the same command again"
+TOLD = r"no space left on the disk, or in your quota, to write .*free some space, then run the same command again"
 
 
 def no_space(path) -> OSError:

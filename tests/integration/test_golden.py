@@ -1,6 +1,6 @@
 """Golden losses: ten full-precision steps on the CPU, which a refactoring must reproduce.
 
-`python -m tests.integration.test_golden` writes them anew, after a change that is meant to move them;
+`python -m tests.integration.test_golden` rewrites them, after a change that is meant to move them;
 CHANGELOG.md then says why.
 """
 
@@ -47,7 +47,7 @@ def numbers_of(run) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_ten_steps_give_the_golden_losses(workspace, tmp_path, name):
-    """On another CPU the sums round otherwise; 1e-5 still tells any change of the arithmetic."""
+    """On another CPU the sums round differently; 1e-5 still detects any change of the arithmetic."""
     numbers = numbers_of(workspace.train(tmp_path, train=RUNS[name], validation=VALIDATION))
     golden = json.loads(GOLDEN.read_text())[name]
     for column in golden:

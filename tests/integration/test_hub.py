@@ -117,7 +117,7 @@ def other_model(make_model) -> Files:
 
 @pytest.fixture(scope="session")
 def sd15(model) -> Files:
-    """The same model with what else lies in Stable Diffusion 1.5's repository, and its kind of tokenizer."""
+    """The same model with the other files of Stable Diffusion 1.5's repository, and its kind of tokenizer."""
     special = {"content": "<|endoftext|>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
     start = {**special, "content": "<|startoftext|>"}
     tokenizer = {
@@ -343,7 +343,7 @@ def test_both_kinds_of_tokenizer_give_the_same_tokens(hub, client, sd15, model, 
 
 
 def test_diffusers_loads_what_was_fetched(hub, client, make_model, out):
-    """The UNet's weights lie in several files, as those of large models do."""
+    """The UNet's weights are in several files, as those of large models do."""
     files = make_model(seed=2, unet_shard_size="20KB")
     shards = [path for path in files if path.startswith("unet/diffusion_pytorch_model-0")]
     assert len(shards) > 1
@@ -372,7 +372,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, client, model, other_mode
 
 
 def test_the_vae_of_another_repository(hub, client, model, other_model, out):
-    """Its files lie at the root, as those of stabilityai/sd-vae-ft-mse do."""
+    """Its files are at the root, as those of stabilityai/sd-vae-ft-mse do."""
     own = hub.add("acme/base-of-vae", model)
     vae = {path.removeprefix("vae/"): data for path, data in part_of(other_model, "vae").items()}
     other = hub.add("acme/vae", {**vae, "diffusion_pytorch_model.bin": b"a pickle", "README.md": b"A card."}, tag="mse")
@@ -402,7 +402,7 @@ def test_the_vae_of_another_repository(hub, client, model, other_model, out):
 
 
 def test_the_text_encoder_of_another_repository(hub, client, model, other_model, sd15, tmp_path, out):
-    """The base itself lies on this machine; the other repository has all of a model's parts."""
+    """The base itself is on this machine; the other repository has all of a model's parts."""
     local = write_folder(tmp_path / "local", model)
     tokenizer = part_of(sd15, "tokenizer")
     commit = hub.add("acme/text", {**other_model, **tokenizer})
@@ -557,7 +557,7 @@ def test_a_git_lfs_pointer_in_a_local_base_is_named(client, model, tmp_path, out
     )
 
 
-# ---------------------------------------------------------------- base: what arrives is not what the hub tells of
+# ---------------------------------------------------------------- base: files that don't match what the hub reports
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CONFIG = "vae/config.json"
@@ -565,7 +565,7 @@ PAGE = b"<!DOCTYPE html>\n<html><body>Log in to the guest network</body></html>"
 
 
 def told(path: str, data: bytes) -> str:
-    """The hash that the hub tells of a file, or that a file has which lies in its place."""
+    """The hash that the hub reports of a file, or that of a file in its place."""
     if path == CONFIG:
         return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
     return hashlib.sha256(data).hexdigest()
@@ -614,7 +614,7 @@ def test_a_file_that_arrives_damaged_twice_is_refused(hub, client, model, out, c
     if len(arrived) == len(model[path]):
         algorithm = "git blob id" if path == CONFIG else "SHA-256"
         assert f"has {len(arrived)} bytes and {algorithm} {told(path, arrived)}" in message
-        assert f"the hub tells {len(model[path])} bytes and {told(path, model[path])}" in message
+        assert f"the hub reports {len(model[path])} bytes and {told(path, model[path])}" in message
     assert ("(it is an HTML page)" in message) == (case == "page of the same length")
     assert f"Check that no proxy or login page answers in place of {hub.url}, or try again later" in message
     succeed(client.resolve_base(out, source="hub", repo=repo))
@@ -622,20 +622,20 @@ def test_a_file_that_arrives_damaged_twice_is_refused(hub, client, model, out, c
 
 
 def test_a_pointer_that_the_hub_announces_by_its_own_length_is_named(hub, client, model, out):
-    """HEAD and GET agree, as where a mirror serves what git holds: only the API tells of the weights."""
+    """HEAD and GET agree, as if a mirror serves what git holds: only the API reports the weights."""
     hub.add("acme/mirror", model)
     for method in ("HEAD", "GET"):
         hub.misbehave("acme/mirror", WEIGHTS, replaced(lfs_pointer(model[WEIGHTS])), method=method)
     message = refusal(client.resolve_base, out, source="hub", repo="acme/mirror")
     found = hashlib.sha256(lfs_pointer(model[WEIGHTS])).hexdigest()
-    assert f"and SHA-256 {found} (it is a Git LFS pointer); the hub tells {len(model[WEIGHTS])} bytes" in message
+    assert f"and SHA-256 {found} (it is a Git LFS pointer); the hub reports {len(model[WEIGHTS])} bytes" in message
 
 
 def test_a_pointer_in_the_repository_itself_is_named(hub, client, model, out):
     commit = hub.add("acme/pointers", {**model, WEIGHTS: lfs_pointer(model[WEIGHTS])})
     assert refusal(client.resolve_base, out, source="hub", repo="acme/pointers") == (
         f"base.repo = 'acme/pointers': {WEIGHTS} at commit {commit}: is a Git LFS pointer in the repository itself, "
-        "which lacks the file that it stands for; take another revision or repository"
+        "which lacks the actual file; take another revision or repository"
     )
 
 
@@ -693,9 +693,7 @@ def test_what_is_not_the_api_is_refused(hub, client, home, model, images, out, s
         hub.add(repo, parquet_files(images), kind="datasets")
         hub.misbehave(repo, what, fault)
         message = refusal(client.build_dataset, out, repo=repo, **HUB_DATA)
-    assert message.startswith(
-        f"{section}.repo = '{repo}': what {hub.url} answers isn't what the hub's API gives ({cause}"
-    )
+    assert message.startswith(f"{section}.repo = '{repo}': the answer of {hub.url} isn't one of the hub's API ({cause}")
     assert message.endswith("); check that no proxy or login page answers in its place")
     assert {path for path in home.rglob("*") if "not-the-api" in path.name or path.name == "x"} == before
 
@@ -834,7 +832,7 @@ LOCAL_DATA = "set dataset.source: imagefolder and dataset.path to a folder on th
     ],
 )
 def test_every_image_of_a_hub_data_set_is_accounted_for(hub, client, images, out, layout, name):
-    """Inputs go by names that are the same on every machine, wherever the hub's cache lies."""
+    """Inputs go by names that are the same on every machine, wherever the hub's cache is."""
     repo = f"acme/{layout.__name__}"
     commit = hub.add(repo, layout(images), kind="datasets")
 

@@ -159,13 +159,13 @@ def test_nothing_is_read_off_the_device_between_logging_intervals(workspace, tmp
     def step(*arguments):
         CountReads.reads = 0
         with CountReads():
-            facts = optimizer_step(*arguments)
+            report = optimizer_step(*arguments)
         reads.append(CountReads.reads)
-        return facts
+        return report
 
-    def note(self, facts, original=Curves.add_step):
+    def note(self, report, original=Curves.add_step):
         with CountReads():
-            original(self, facts)
+            original(self, report)
         reads[-1] += CountReads.reads
 
     monkeypatch.setattr(BatchMaker, "make", make_uncounted)

@@ -68,10 +68,10 @@ def test_the_plan_says_what_the_params_will_do(command, workspace):
     assert plan["images"].startswith(f"{num_train} to train on, 4 held out")
     assert plan["steps"].startswith(f"{-(-3 * num_train // 8)} of 8 images, 3.0 epochs")
     assert plan["effective batch"] == "8 = 1 processes x 4 micro-batches x 2"
-    assert plan["learning rate"].startswith("0.0002 at its top, cosine")
+    assert plan["learning rate"].startswith("0.0002 peak, cosine")
     assert plan["trained"].startswith("2,839,268 parameters")
     assert re.match(r"about 0\.\d\d GiB per process, of \d+\.\d\d GiB", plan["memory"])
-    assert "starts afresh; it has no saved state" in plan["resume"]
+    assert "starts from scratch: it has no saved state" in plan["resume"]
     assert plan["time"].startswith("not measured")
 
 
@@ -98,7 +98,7 @@ def test_before_anything_is_made_the_plan_reads_the_params(command, nothing):
     plan = lines_of(command("plan", places=nothing, dataset={"num_scenes": 1000}))
     assert plan["images"].startswith("900 to train on, 100 held out (about, by dataset.num_scenes")
     assert plan["trained"].startswith("2,839,268 parameters")
-    assert plan["resume"] == "not known before base and latents are there"
+    assert plan["resume"] == "unknown until base and latents are there"
 
 
 def test_steps_are_unknown_only_where_they_hang_on_images_that_are_not_counted(command, nothing, tmp_path):
@@ -131,7 +131,7 @@ def test_folders_of_other_params_are_named_and_not_counted(command, workspace, t
     plan = command("plan", base={"path": str(tmp_path / "other")})
     assert f"out of date      {workspace.base} was made with another base.path" in plan
     assert f"(configs of {tmp_path / 'other'})" in lines_of(plan)["base"]
-    assert lines_of(plan)["resume"] == "not known before base and latents are there"
+    assert lines_of(plan)["resume"] == "unknown until base and latents are there"
 
 
 def test_steps_cannot_be_timed_without_something_to_train_on(command, nothing):

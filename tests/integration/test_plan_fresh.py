@@ -118,7 +118,7 @@ def test_stable_diffusion_is_planned_without_a_network(lonely_client, clone):
     assert plan["disk model"].startswith("1.99 GiB (about, fp16)")
     assert plan["disk latents"] == "unknown (128.6 KiB per image: 4 x 64 x 64, plain and flipped)"
     assert plan["dvc push"].startswith("at least 18.78 GiB without dataset and latents: base 3.97 GiB, dataset unknown")
-    assert plan["disk"].startswith("at least 99.16 GiB in all without dataset and latents")
+    assert plan["disk"].startswith("at least 99.16 GiB in total without dataset and latents")
 
 
 def test_offline_mode_is_named(offline_client, clone):
@@ -229,4 +229,4 @@ def test_an_answer_that_is_not_the_hubs_leaves_the_known_structure(monkeypatch, 
     monkeypatch.setattr(HfApi, "model_info", answer)
     base = find_base(load_params(ROOT / "recipes" / "sd15.yaml").base, tmp_path, is_made=False)
     assert base.configs == SD1
-    assert base.origins["unet"].startswith(f"the known SD 1.x structure, because base.repo = '{SD15}': what answers at")
+    assert base.origins["unet"].startswith(f"the known SD 1.x structure, because base.repo = '{SD15}': the answer from")

@@ -57,7 +57,7 @@ def test_enlarged_images_are_counted(workspace, tmp_path):
     assert json.loads((tmp_path / "m.json").read_text())["num_upscaled"] == 60
 
 
-@pytest.mark.parametrize(("resolution", "advice"), [(60, "take 56 or 64"), (4, "take 8")])
+@pytest.mark.parametrize(("resolution", "advice"), [(60, "use 56 or 64"), (4, "use 8")])
 def test_a_resolution_the_vae_can_t_halve_is_refused(workspace, tmp_path, resolution, advice):
     with pytest.raises(InputError, match=rf"precompute.resolution = {resolution}: must be a multiple of 8.*{advice}"):
         precompute(workspace, tmp_path, resolution=resolution)

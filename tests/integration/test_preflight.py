@@ -48,20 +48,20 @@ def test_a_cache_of_other_params_is_refused(workspace, latents, tmp_path):
 
 def test_token_ids_beyond_the_vocabulary_are_refused(workspace, latents, tmp_path):
     edit(latents / "manifest.json", max_token_id=60_000)
-    with pytest.raises(InputError, match="holds token id 60000, the text encoder knows 0 to"):
+    with pytest.raises(InputError, match="has token id 60000, but the text encoder knows 0 to"):
         workspace.train(tmp_path, latents=latents)
 
 
 def test_latents_that_were_scaled_before_are_refused(workspace, latents, tmp_path):
     rescale(latents, 0.17782)
-    with pytest.raises(InputError, match=r"standard deviation is 0.1\d\d, which should be about 1.*applied twice"):
+    with pytest.raises(InputError, match=r"standard deviation is 0.1\d\d, expected about 1 .*applied twice"):
         workspace.train(tmp_path, latents=latents)
 
 
 def test_a_cache_that_the_vae_did_not_make_is_refused(workspace, latents, tmp_path):
     """Off by a factor that the standard deviation doesn't show."""
     rescale(latents, 1.2)
-    with pytest.raises(InputError, match=r"otherwise than they are cached \(relative error 0.20; the cache is 1.200"):
+    with pytest.raises(InputError, match=r"doesn't match what the VAE .* \(relative error 0.20; the cache is 1.200"):
         workspace.train(tmp_path, latents=latents)
 
 
@@ -73,21 +73,23 @@ def test_a_vae_that_loses_the_image_is_refused(workspace, latents, tmp_path, mon
         return DecoderOutput(sample=torch.zeros(len(z), 3, 8 * z.shape[2], 8 * z.shape[3]))
 
     monkeypatch.setattr(AutoencoderKL, "decode", grey)
-    with pytest.raises(InputError, match=r"round trip keeps \d\.\d dB of the probe images, at least 12"):
+    with pytest.raises(
+        InputError, match=r"round trip has a PSNR of \d\.\d dB on the probe images, expected at least 12"
+    ):
         workspace.train(tmp_path, latents=latents)
 
 
 def test_a_base_that_predicts_something_else_is_refused(workspace, tmp_path):
     """An ε-model whose scheduler says that it predicts the velocity."""
     base = workspace.changed_base(tmp_path / "base", "scheduler/scheduler_config.json", prediction_type="v_prediction")
-    with pytest.raises(InputError, match=r"loss is 0.3\d+ as its .* 'v_prediction', but 0.1\d+ with 'epsilon', which"):
+    with pytest.raises(InputError, match=r"loss is 0.3\d+ as its .* 'v_prediction', but 0.1\d+ with 'epsilon'; fix"):
         workspace.train(tmp_path / "run", base=base)
 
 
 def test_a_base_that_predicts_nothing_is_refused_unless_it_is_to_be_trained_from_scratch():
     losses = {"epsilon": 1.02, "v_prediction": 0.8}
     preflight.check_base_loss(losses, "epsilon", from_scratch=True)
-    with pytest.raises(InputError, match=r"loss is 1.020, a trained UNet's lies below 1"):
+    with pytest.raises(InputError, match=r"loss is 1.020, expected below 1"):
         preflight.check_base_loss(losses, "epsilon", from_scratch=False)
     with pytest.raises(InputError, match="loss is nan"):
         preflight.check_base_loss(

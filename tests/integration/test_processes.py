@@ -109,7 +109,7 @@ def test_the_number_of_processes_is_never_assumed(workspace, alone):
     output = alone.run(code=1, NPROC=2, TORCHELASTIC_RUN_ID="someone's")
     assert "error: the environment asks for 2 processes" in output
     output = alone.run(code=1, ACCELERATE_MIXED_PRECISION="no")
-    assert "error: `accelerate launch` doesn't tell how many processes" in output
+    assert "error: `accelerate launch` doesn't pass on how many processes" in output
 
 
 @pytest.mark.parametrize(

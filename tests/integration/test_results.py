@@ -88,7 +88,7 @@ def test_v_prediction_reaches_the_exported_scheduler(workspace, tmp_path):
 
 def test_exporting_weights_that_were_not_kept_is_refused(workspace, tmp_path):
     run = workspace.train(tmp_path, train={"use_ema": False, "max_steps": 1}, export={"weights": "raw"})
-    with pytest.raises(InputError, match="keeps no ema weights; use 'raw'"):
+    with pytest.raises(InputError, match="has no ema weights; use 'raw'"):
         export_model(workspace.make_params().export, workspace.base, run.checkpoints, tmp_path / "model")
 
 

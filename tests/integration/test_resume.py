@@ -66,9 +66,9 @@ def files_of(folder) -> dict[str, bytes]:
 def state_of(out) -> dict[str, bytes]:
     """The last saved state; left out are measured times and what names the run or its length when it was saved."""
     files = files_of(newest(out))
-    facts = json.loads(files.pop("state.json"))
-    del files["SHA256SUMS"], facts["log"]["speed_rows"], facts["run_name"], facts["checkpoints"]
-    return {**files, "facts": json.dumps(facts).encode()}
+    head = json.loads(files.pop("state.json"))
+    del files["SHA256SUMS"], head["log"]["speed_rows"], head["run_name"], head["checkpoints"]
+    return {**files, "head": json.dumps(head).encode()}
 
 
 def assert_same(out, reference) -> None:
@@ -203,8 +203,8 @@ def test_a_finished_run_that_is_taken_over_says_so_and_records_what_ran(workspac
     shutil.copytree(whole / "resume", tmp_path / "resume")
     run = workspace.train(tmp_path, train={**STEPS, "micro_batch_size": 4})
     out = capfd.readouterr().out
-    assert "was finished before, after 6 steps: its result is taken over and nothing is trained" in out
-    assert "(train.micro_batch_size 8 there, 4 here: without effect); to train it again, set train.resume: never" in out
+    assert "already finished after 6 steps: its result is reused and nothing is trained" in out
+    assert "(train.micro_batch_size 8 there, 4 here: no effect); to train it again, set train.resume: never" in out
     for path in run.checkpoints.glob("*/training_config.json"):
         assert json.loads(path.read_text())["params"]["train"]["micro_batch_size"] == 8
     assert pd.read_csv(tmp_path / "train_speed.csv").micro_batch_size.unique().tolist() == [8]
@@ -229,7 +229,7 @@ def test_a_second_trainer_of_the_same_run_is_refused(workspace, whole, tmp_path)
     store = StateStore(tmp_path / "resume", read_head(newest(tmp_path)).identity)
     assert store.folder == folder
     store.lock()
-    with pytest.raises(InputError, match=rf"another process trains this very run already \(pid {os.getpid()} on"):
+    with pytest.raises(InputError, match=rf"another process is already training this run \(pid {os.getpid()} on"):
         workspace.train(tmp_path, train=STEPS)
     store.unlock()
     workspace.train(tmp_path, train=STEPS)
@@ -275,7 +275,7 @@ def test_what_a_branch_starts_from_counts_by_its_content(workspace, tmp_path):
             save_file({name: tensor + 1 for name, tensor in tensors.items()}, source / "weights.safetensors")
             seal_folder(source)
         params = workspace.make_params(train={**OPEN, **from_(source)})
-        origins.append(find_origin(params.train, tmp_path / "out", 6).facts())
+        origins.append(find_origin(params.train, tmp_path / "out", 6).record())
     assert origins[0] != origins[1]
     assert {**origins[0], "sha256": None} == {**origins[1], "sha256": None}
 
@@ -311,7 +311,7 @@ def test_a_branch_from_a_checkpoint_starts_at_its_weights(workspace, whole, tmp_
         ({"lr": 1.0e-3}, "train.lr 0.002 there, 0.001 here; add lr to train.resume_reset"),
         ({}, "num_steps 6 there, 8 here.*add scheduler to train.resume_reset"),
         ({"adam_beta2": 0.9}, "train.adam_beta2 0.99 there, 0.9 here; add optimizer to train.resume_reset"),
-        ({"max_steps": 6}, "is at step 6, and the run ends at 6; train longer"),
+        ({"max_steps": 6}, "is at step 6, and the run ends at 6; raise train.max_steps"),
     ],
 )
 def test_a_branch_that_misfits_is_refused(workspace, whole, tmp_path, changes, says):
@@ -324,9 +324,9 @@ def test_what_cannot_be_branched_from_is_explained(workspace, whole, tmp_path):
     with pytest.raises(InputError, match="no such folder; give a saved state or a checkpoint"):
         branch(workspace, whole, tmp_path, tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds neither a saved state nor a checkpoint"):
+    with pytest.raises(InputError, match="has neither a saved state nor a checkpoint"):
         branch(workspace, whole, tmp_path, tmp_path / "empty")
-    with pytest.raises(InputError, match="which DVC deletes before this stage runs; `dvc checkout`, copy"):
+    with pytest.raises(InputError, match="which DVC deletes before this stage runs; run `dvc checkout`, copy"):
         branch(workspace, whole, tmp_path, tmp_path / "checkpoints" / "last")
 
 
@@ -379,7 +379,7 @@ def test_a_state_beyond_the_end_is_named(workspace, tmp_path, capfd):
     rarely = {**OPEN, "save_every_n_steps": 10}
     workspace.train(tmp_path, train={**rarely, "max_steps": 4})
     workspace.train(tmp_path, train={**rarely, "max_steps": 2})
-    assert "step-00000004 isn't used: it lies beyond the run's last step" in capfd.readouterr().out
+    assert "step-00000004 isn't used: it is beyond the run's last step" in capfd.readouterr().out
 
 
 def test_a_warmup_longer_than_what_a_new_schedule_has_left_is_refused(workspace, whole, tmp_path):
@@ -403,10 +403,12 @@ def test_steps_that_fp16_skips_are_counted_and_change_no_curve(workspace, tmp_pa
     original = train_module.optimizer_step
 
     def step(s, lr_scheduler, number):
-        facts = original(s, lr_scheduler, number)
+        report = original(s, lr_scheduler, number)
         if number != 1:
-            return facts
-        return dataclasses.replace(facts, grad_norm=torch.tensor(torch.inf), sums=facts.sums * torch.nan, skipped=True)
+            return report
+        return dataclasses.replace(
+            report, grad_norm=torch.tensor(torch.inf), sums=report.sums * torch.nan, skipped=True
+        )
 
     monkeypatch.setattr(train_module, "optimizer_step", step)
     run = workspace.train(tmp_path, train={**STEPS, "save_every_n_steps": 1, "log_every_n_steps": 3})

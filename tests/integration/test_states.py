@@ -87,7 +87,7 @@ CHECKPOINT_FILES = (
 
 
 def edited(**changes):
-    """Change state.json, and seal the state anew, as nothing but a fault of ours would."""
+    """Change state.json, and seal the state again, as nothing but a fault of ours would."""
 
     def damage(state: Path, _) -> None:
         head = {**read_json(state / "state.json"), **changes}
@@ -244,7 +244,7 @@ def test_without_a_sound_state_the_run_starts_over_and_says_why(workspace, whole
     out = capfd.readouterr().out
     assert "ema.safetensors has SHA-256" in out
     assert "weights.safetensors has SHA-256" in out
-    assert "starts over: it has no saved state that is whole" in out
+    assert "starts over: none of its saved states can be used" in out
     assert_same(tmp_path, whole)
     assert {path.name for path in newest(tmp_path).parent.glob("*.damaged")} == {
         "step-00000004.damaged", "step-00000006.damaged",
@@ -324,7 +324,7 @@ def test_a_checkpoint_whose_config_says_nothing_is_refused(whole, tmp_path, text
 def test_a_run_that_branches_from_a_damaged_state_never_trains(workspace, whole, tmp_path):
     shutil.copytree(newest(whole), tmp_path / "start")
     flip(tmp_path / "start" / "optimizer.safetensors", 0.5)
-    with pytest.raises(InputError, match=r"start': is damaged: .*optimizer.safetensors has SHA-256 .*copy it anew"):
+    with pytest.raises(InputError, match=r"start': is damaged: .*optimizer.safetensors has SHA-256 .*copy it again"):
         branch(workspace, whole, tmp_path / "run", tmp_path / "start", resume_reset=["scheduler"])
 
 
@@ -495,7 +495,7 @@ def test_a_run_on_a_damaged_base_never_trains(workspace, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(workspace.base, base)
     flip(base / "unet" / "diffusion_pytorch_model.safetensors", 0.5)
-    with pytest.raises(InputError, match=r"unet/.*has SHA-256 .* manifest.json says .*dvc checkout"):
+    with pytest.raises(InputError, match=r"unet/.*has SHA-256 .* expected .* by manifest.json.*dvc checkout"):
         workspace.train(tmp_path, base=base)
 
 
@@ -505,12 +505,12 @@ def test_a_run_on_a_damaged_base_never_trains(workspace, tmp_path):
 def saved_run(root: Path, number: int, step: int = 3, finished: bool = True) -> StateStore:
     """A run with one state, saved at that hour."""
     store = StateStore(root, {"number": number})
-    facts = {
+    fields = {
         "best": [], "log": {}, "num_steps": 9, "run_name": "", "num_updates": step, "ema_step": None, "scaler": None,
         "params": {},
         "optimizer_scalars": {},
     }  # fmt: skip
-    store._write(step, {"unet": {"weight": torch.zeros(1)}}, facts)
+    store._write(step, {"unet": {"weight": torch.zeros(1)}}, fields)
     if finished:
         store.finish(step)
     os.utime(store.state(step), (3600 * number, 3600 * number))
@@ -554,7 +554,7 @@ def test_an_unfinished_run_goes_only_where_too_many_are_and_not_without_a_word(t
     warning = f"{stores[0].folder} (step 3 of 9, not finished, saved 1970-01-01 "
     out = capsys.readouterr().out
     assert warning in out
-    assert "will be deleted when one more new run starts; to keep it, finish it or raise train.num_saved_runs" in out
+    assert "will be deleted when another new run starts; to keep it, finish it or raise train.num_saved_runs" in out
     stores.append(saved_run(tmp_path, 2, finished=False))
     pruned(tmp_path, 2)
     assert left(stores) == [False, True, True]
@@ -622,7 +622,7 @@ def test_a_second_trainer_is_refused_whatever_the_first_one_left_of_its_name(tmp
     first.lock()
     owner = first.folder / "owner.json"
     owner.unlink() if text is None else owner.write_text(text)
-    with pytest.raises(InputError, match=r"another process trains this very run already \(pid \? on \?"):
+    with pytest.raises(InputError, match=r"another process is already training this run \(pid \? on \?"):
         second.lock()
     first.unlock()
 

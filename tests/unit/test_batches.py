@@ -78,7 +78,7 @@ def test_steps_may_be_drawn_in_any_order():
     assert torch.equal(batches.make(40, range(6), CPU).latents, late.latents)
 
 
-def test_the_posterior_is_drawn_anew_at_every_visit():
+def test_the_posterior_is_drawn_again_at_every_visit():
     batches = maker(Shards(1, std=0.5), batch_size=4)
     draws = torch.cat([batches.make(step, range(4), CPU).latents.flatten(1) for step in range(500)])
     assert len(draws.unique(dim=0)) == 2000

@@ -388,7 +388,7 @@ def test_images_with_damaged_exif_are_kept_upright_and_counted(num_workers, tmp_
     assert sizes == {text: (6, 8) if stem in names else (8, 6) for stem, _, text in PAIRS}
     assert built.metrics["num_damaged_exif"] == 2
     assert read_json(built.folder / "manifest.json")["noted"] == {"EXIF is damaged": 2}
-    assert "kept all the same: {'EXIF is damaged': 2}" in capsys.readouterr().out
+    assert "kept with a note: {'EXIF is damaged': 2}" in capsys.readouterr().out
 
 
 def test_odd_images_are_dropped_with_a_countable_reason(tmp_path, build, monkeypatch):
@@ -533,7 +533,7 @@ ERRORS = [
     (
         with_jsonl,
         {"caption_column": "caption"},
-        "dataset.caption_column = 'caption': no such column in '{path}'; its metadata has image, text, and no .txt",
+        "dataset.caption_column = 'caption': no such column in '{path}'; its metadata has image, text, and there is ",
     ),
     (numbers_for_images, {"source": "parquet"}, "dataset.image_column = 'image': doesn't hold images: "),
     (garbage("a.parquet"), {"source": "parquet"}, "dataset.path = '{path}': can't be read as parquet: "),

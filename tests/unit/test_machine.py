@@ -61,11 +61,15 @@ CASES = [
         {"num_gpus": 1},
         "train.attention_backend = 'flash': on a GPU that kernel computes in 16 bit only, and train.precision = 'fp32'",
     ),
-    ({"compile": True}, {"programs": []}, "train.compile = True: torch.compile needs a C++ compiler, and there is no "),
+    (
+        {"compile": True},
+        {"programs": []},
+        "train.compile = True: torch.compile needs a C++ compiler, and '",
+    ),
     (
         {"compile": True},
         {"CXX": "icpx"},
-        "train.compile = True: torch.compile needs a C++ compiler, and there is no 'icpx'; install it, name another",
+        "train.compile = True: torch.compile needs a C++ compiler, and 'icpx' wasn't found; install it, set CXX",
     ),
     (
         {"trackers": ["wandb"]},
@@ -85,7 +89,7 @@ CASES = [
     (
         {"micro_batch_size": 2},
         {"NPROC": "4", "num_gpus": 2},
-        "NPROC = 4: each process needs a CUDA GPU of its own, and this machine has 2; lower NPROC",
+        "NPROC = 4: each process needs its own CUDA GPU, and this machine has 2; lower NPROC",
     ),
 ]
 

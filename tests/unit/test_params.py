@@ -1,4 +1,4 @@
-"""params.yaml: what loads, and how faults are told."""
+"""params.yaml: what loads, and how faults are reported."""
 
 from pathlib import Path
 from typing import get_args
@@ -91,7 +91,7 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path, data, words):
 
 
 def test_missing_file_is_refused_by_name(tmp_path):
-    with pytest.raises(InputError, match=r"none\.yaml: no such file; run from the project's root"):
+    with pytest.raises(InputError, match=r"none\.yaml: no such file; run the command from the project's root"):
         load_params(tmp_path / "none.yaml")
 
 
@@ -167,7 +167,7 @@ RULE_CASES = [
     ({"train__lr_power": 2}, "train.lr_power = 2: only train.lr_scheduler = 'polynomial' uses it"),
     (
         {"train__lr_scheduler": "polynomial", "train__lr": 1e-7},
-        "train.lr = 1e-07: train.lr_scheduler = 'polynomial' falls to 1e-7",
+        "train.lr = 1e-07: train.lr_scheduler = 'polynomial' decays to 1e-7",
     ),
     ({"train__lr_scaling": "sqrt"}, "train.lr_reference_batch_size = None: train.lr_scaling = 'sqrt' needs the batch"),
     (
@@ -220,13 +220,13 @@ RULE_CASES = [
     ),
     (
         {"train__resume": "branch", "train__resume_reset": ["lr", "lr"]},
-        "train.resume_reset = ['lr', 'lr']: names one twice",
+        "train.resume_reset = ['lr', 'lr']: lists a value twice",
     ),
     (
         {"train__branch_from": "a/path"},
         "train.branch_from = 'a/path': has no effect with train.resume = 'auto'; set it to data/start, or train",
     ),
-    ({"train__trackers": ["wandb", "wandb"]}, "train.trackers = ['wandb', 'wandb']: names one twice"),
+    ({"train__trackers": ["wandb", "wandb"]}, "train.trackers = ['wandb', 'wandb']: lists a value twice"),
     ({"base__vae_revision": "main"}, "base.vae_revision = 'main': has no effect without base.vae_repo"),
     ({"base__text_encoder_revision": "v1"}, "base.text_encoder_revision = 'v1': has no effect without base.text_enc"),
     (
@@ -272,7 +272,7 @@ RULE_CASES = [
     ({"precompute__center_crop": False}, "precompute.center_crop = False: has no effect with dataset.source = 'gener"),
     (
         {**IMAGEFOLDER, "evaluate__num_prompts": 40},
-        "evaluate.num_prompts = 40: has no effect with dataset.source = 'imagefolder', where no image is measured; "
+        "evaluate.num_prompts = 40: has no effect with dataset.source = 'imagefolder', which has no images to measure; "
         "set it to 160, or dataset.source to generated",
     ),
     (
@@ -282,7 +282,7 @@ RULE_CASES = [
     ({**IMAGEFOLDER, "evaluate__guidance_scale": 7.5}, "evaluate.guidance_scale = 7.5: has no effect with dataset.sou"),
     (
         {"train__trackers": [], "validation__prompts": ["a cat"]},
-        "validation.prompts = ['a cat']: has no effect with train.trackers = [], which alone show images; set it to "
+        "validation.prompts = ['a cat']: has no effect with train.trackers = []: only trackers show images; set it to "
         "[], or train.trackers to [tensorboard]",
     ),
     (
@@ -291,7 +291,7 @@ RULE_CASES = [
     ),
     (
         {"validation__prompts": [], "validation__num_inference_steps": 9},
-        "validation.num_inference_steps = 9: has no effect with validation.prompts = []; set it to 20, or give that",
+        "validation.num_inference_steps = 9: has no effect with validation.prompts = []; set it to 20, or add prompts",
     ),
     (
         {"validation__prompts": [], "validation__guidance_scale": 7.5},

@@ -27,20 +27,20 @@ class Batch:
     input_ids: Tensor
     """Token ids of the captions, int64 [B, L]."""
     columns: dict[str, Tensor] = field(default_factory=dict)
-    """What else the method asks the cache for, by name, [B, ...]."""
+    """Further columns of the cache that the method needs, by name, [B, ...]."""
 
 
 class BatchMaker:
     """Draws micro-batches from the latent cache.
 
     The training images form one endless stream, a new permutation each epoch; step s takes its
-    rows s·B to (s+1)·B-1. Nothing depends on how a step is split or on what was drawn before it.
+    rows s·B to (s+1)·B-1. A row doesn't depend on how its step is split, nor on earlier draws.
 
     Args:
         num_train_timesteps: T of the noise schedule.
         scaling_factor: the VAE's; applied here, once.
         null_ids: token ids of the empty caption, int64 [L].
-        columns: what the method asks of the cache beyond the plain columns, by name the shape of a row.
+        columns: further columns of the cache that the method needs: name to the shape of a row.
 
     Raises:
         InputError: the cache has no such column.
@@ -105,7 +105,7 @@ class BatchMaker:
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda":  # from pinned memory, a copy doesn't wait for what the GPU has yet to do
+    if device.type == "cuda":  # a copy from pinned memory doesn't wait for queued GPU work
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 

@@ -9,7 +9,7 @@ from PIL import ExifTags, Image, TiffImagePlugin
 from sdtrain.ground import randomness
 
 DAMAGED_EXIF = "EXIF is damaged"
-"""What a kept image's note begins with whose EXIF can't be read, or not be written back."""
+"""Start of the note on an image that is kept although its EXIF can't be read or written back."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -20,10 +20,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF's orientations but the upright 1, and what makes the image upright."""
+"""EXIF orientation to the transpose that makes the image upright; 1 is upright already."""
 _WIDE_GREYS = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 _SCALED_TO_16_BITS = ("PNG", "JPEG2000", "PPM")
-"""Formats whose greys of more than 8 bits Pillow gives as 0..65535, whatever depth the file has."""
+"""Formats whose greys of more than 8 bits Pillow scales to 0..65535, whatever the file's bit depth."""
 
 
 class BadImage(Exception):
@@ -31,14 +31,14 @@ class BadImage(Exception):
 
 
 def clean_image(source: bytes | str, background: str) -> tuple[bytes, Image.Image, str]:
-    """Decode an image wholly and make it plain RGB, upright and opaque.
+    """Decode an image completely and make it plain RGB, upright and opaque.
 
     Args:
         source: the file's bytes, or its path.
         background: colour behind transparent parts, `#rrggbb`.
 
     Returns:
-        The bytes to store, the decoded image, and a note on what was odd about it, mostly empty. The
+        The bytes to store, the decoded image, and a note on what was odd about it, usually empty. The
         original bytes are kept where the file is RGB, upright and opaque already; else they are those
         of a PNG of the cleaned image.
 
@@ -76,10 +76,10 @@ def _clean(data: bytes, background: str) -> tuple[bytes, Image.Image, str]:
 
 
 def _open(data: bytes) -> tuple[Image.Image, bytes]:
-    """Open a file, and give the bytes that can be opened so again.
+    """Open a file; return it with the bytes from which it can be opened again.
 
-    Pillow looks for a JPEG's resolution in its EXIF, and takes the file for no image at all where that is
-    a text or byte alone. Then the EXIF is hidden from it, by one byte of its name, and handed over afterwards.
+    Pillow reads a JPEG's resolution from its EXIF, and refuses the file as no image where that is a text
+    or a single byte. The EXIF is then hidden by changing one byte of its name, and passed on after opening.
     """
     try:
         return Image.open(io.BytesIO(data)), data
@@ -95,7 +95,7 @@ def _open(data: bytes) -> tuple[Image.Image, bytes]:
 
 
 def _cause(error: Exception) -> str:
-    """An error in one short line that is the same in every run: without the addresses of objects."""
+    """An error as one short line without object addresses, so that it is the same in every run."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     line = str(error).split("\n")[0].split(" <_io")[0].strip()
@@ -105,10 +105,10 @@ def _cause(error: Exception) -> str:
 def _orientation(opened: Image.Image) -> tuple[int, str]:
     """The orientation left to apply, 1 where none can be read, and a note where the EXIF is damaged.
 
-    Pillow's `exif_transpose` isn't used: it writes the EXIF anew, which damaged tags don't survive. TIFFs
-    are upright once loaded.
+    Pillow's `exif_transpose` isn't used: it rewrites the EXIF, which fails on damaged tags. TIFFs are
+    upright once loaded.
     """
-    apart = Image.Image()  # parses again: the plugin may have tried already, and an `Exif` raises only once
+    apart = Image.Image()  # parsed again: the plugin may have tried already, and an `Exif` raises only once
     apart.info.update(opened.info)
     orientation, note = 1, ""
     try:
@@ -117,7 +117,7 @@ def _orientation(opened: Image.Image) -> tuple[int, str]:
         exif.tobytes()  # reads every tag
     except MemoryError:
         raise
-    except Exception as error:  # as above: anything
+    except Exception as error:  # as above, Pillow raises anything
         note = f"{DAMAGED_EXIF}: {_cause(error)}"
     if orientation != 1 and orientation not in _TURNS:
         return 1, f"{DAMAGED_EXIF}: orientation {orientation!r:.20} isn't 1 to 8"
@@ -125,18 +125,18 @@ def _orientation(opened: Image.Image) -> tuple[int, str]:
 
 
 def _eight_bits(opened: Image.Image) -> Image.Image:
-    """Greys of 16 or 32 bits or of floats as 8 bits, by the range that mode and file declare; others as they are.
+    """Greys of 16 or 32 bits or floats, scaled to 8 bits by the range that mode and file declare; others unchanged.
 
-    Never by the values that an image happens to have. Black and white are:
+    The values in the image don't decide the range. Black and white are:
     - PNG, JPEG 2000 and PGM: 0 and 65535. Pillow itself scales a PGM's maxval and the depth of JPEG 2000 to that.
     - TIFF of unsigned integers: 0 and 2**BitsPerSample - 1, or the reverse where PhotometricInterpretation is
-      WhiteIsZero, which Pillow heeds up to 8 bits only. MaxSampleValue is a statistic, says TIFF 6.0, and isn't read.
-    - TIFF and PFM of floats: 0 and 1, the convention, which every value must keep.
+      WhiteIsZero, which Pillow applies up to 8 bits only. MaxSampleValue isn't read: by TIFF 6.0 it is a statistic.
+    - TIFF and PFM of floats: 0 and 1, by convention; a value outside is an error.
 
-    Pillow reduces colours of 16 bits itself: to their upper bytes, or by maxval in a PPM.
+    Pillow itself reduces 16-bit colours to 8 bits: to their upper bytes, or by maxval in a PPM.
 
     Raises:
-        BadImage: floats outside 0..1, signed integers, or another format, where nothing tells the range.
+        BadImage: floats outside 0..1, signed integers, or a format that doesn't declare its range.
     """
     tags = opened.tag_v2 if isinstance(opened, TiffImagePlugin.TiffImageFile) else {}
     signed = tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0] == 2  # 8 bits open as L and would wrap around
@@ -145,7 +145,7 @@ def _eight_bits(opened: Image.Image) -> Image.Image:
     values = np.asarray(opened)
     if opened.mode == "F" and (tags or opened.info.get("scale") == 1):  # the scale of a PFM
         low, high = values.min(), values.max()
-        if not (low >= 0 and high <= 1):  # so written, NaN is outside too
+        if not (low >= 0 and high <= 1):  # in this form, NaN counts as outside too
             raise BadImage(f"float grey outside 0..1: {low:g}..{high:g}")
         white = 1
     elif tags and not signed:
@@ -172,14 +172,14 @@ def _flatten(image: Image.Image, background: str) -> Image.Image:
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """Decode bytes that `clean_image` gave."""
+    """Decode bytes that `clean_image` returned."""
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def square_pixels(image: Image.Image, resolution: int, center_crop: bool, seed: int, sample_id: str) -> np.ndarray:
     """Resize the shorter side to `resolution` (Lanczos), crop, and scale: float32 [3, R, R] in -1..1.
 
-    Without `center_crop` the crop's place is drawn from (seed, sample id).
+    Without `center_crop` the crop's position is drawn from (seed, sample id).
     """
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)

@@ -1,4 +1,4 @@
-"""A small world of captioned scenes whose content arithmetic can check.
+"""A small world of captioned scenes whose content can be checked by arithmetic.
 
 A scene is one flat shape on a flat background. `render` draws it with anti-aliasing, `caption`
 puts it into words, and `measure` reads colour, shape, size, position and style back from any
@@ -150,7 +150,7 @@ def caption(scene: Scene, omit: tuple[str, ...] = ()) -> str:
 
 
 def draw_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption as people write them: two of three say everything, the others leave a part out."""
+    """A caption like those that people write: two of three are complete, the others leave out a part."""
     if rng.random() < 2 / 3:
         return caption(scene)
     return caption(scene, omit=(str(rng.choice(["size", "position", "background"])),))
@@ -191,7 +191,7 @@ def measure(image: Image.Image) -> Scene | None:
     distance = np.linalg.norm(pixels - background, axis=2)
     if (distance > _CONTRAST).sum() < _MIN_AREA_PX:
         return None
-    ink_contrast = np.linalg.norm(background - _OUTLINE_RGB)  # an outline must not count for less than the fill
+    ink_contrast = np.linalg.norm(background - _OUTLINE_RGB)  # an outline must not weigh less than the fill
     contrast = min(np.median(distance[distance > _CONTRAST]), ink_contrast)
     mask = np.clip(distance / contrast, 0, 1)
     mask[mask < 0.35] = 0

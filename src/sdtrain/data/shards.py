@@ -1,14 +1,14 @@
-"""The two formats on the pipeline's way: dataset shards and latent shards.
+"""The pipeline's two intermediate formats: dataset shards and latent shards.
 
 `data/dataset/`: `{split}-{n:05}.parquet` with one row per image (columns `id`, `image`, `caption`,
 `width`, `height`), `inputs.csv` with one row for every input, and `manifest.json`.
 
 `data/latents/`: `{split}-{n:05}.safetensors` with, for N images, `mean` and `logvar` of the VAE's
-posterior before scaling, float16 [N, C, h, w], the same of the flipped image (`mean_flipped`,
-`logvar_flipped`) where it is cached, and `input_ids` int64 [N, L]; the ids of the images are the
-key `ids` of the file's metadata, as a JSON list. `probe.safetensors` with the `pixels` that the VAE saw
-of the first held-out images, float32 [up to 4, 3, H, W]: training asks its VAE the same again. And
-`manifest.json`, with each shard's SHA-256.
+posterior before scaling, float16 [N, C, h, w], the same for the flipped image (`mean_flipped`,
+`logvar_flipped`) where it is cached, and `input_ids` int64 [N, L]; the images' ids are a JSON list
+under the key `ids` of the file's metadata. `probe.safetensors` holds the `pixels` that the VAE got for
+the first held-out images, float32 [up to 4, 3, H, W]: training encodes them again to check its VAE.
+`manifest.json` has each shard's SHA-256.
 
 `split` is `train` or `validation`.
 """
@@ -48,7 +48,7 @@ _SCHEMA = pa.schema(
 
 
 class DatasetWriter:
-    """Writes one split's images into parquet shards of about 256 MiB, holding 64 rows at the most."""
+    """Writes one split's images to parquet shards of about 256 MiB; buffers at most 64 rows."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.folder, self.split = folder, split
@@ -98,16 +98,16 @@ class LatentShards:
     """One split of the latent cache, memory-mapped; rows are read by their index.
 
     Raises:
-        InputError: the cache is missing, of another format, was made for another base model, or a shard of the split
-            is missing, broken, or not of the rows and tensors that the manifest says.
+        InputError: the cache is missing, has another format, was made with another base model, or a shard of the split
+            is missing, broken, or doesn't match the manifest.
     """
 
     def __init__(self, folder: Path, split: str, encoders_fingerprint: str) -> None:
         self.folder, self.manifest = folder, LatentsManifest.read(folder)
         if self.manifest.encoders_fingerprint != encoders_fingerprint:
             raise InputError(
-                f"{folder} was encoded by another base model (VAE and tokenizer "
-                f"{self.manifest.encoders_fingerprint[:12]}, the base's are {encoders_fingerprint[:12]}); "
+                f"{folder} was encoded by another base model (its VAE and tokenizer: "
+                f"{self.manifest.encoders_fingerprint[:12]}, those of this base: {encoders_fingerprint[:12]}); "
                 "run `dvc repro precompute`"
             )
         shards = self.manifest.splits[split]
@@ -124,8 +124,8 @@ class LatentShards:
         found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         for name, shape in {**expected, "input_ids": [num_rows, *found.get("input_ids", [0, 0])[1:]]}.items():
             if found.get(name) != shape:
-                says = f"is of shape {found[name]}" if name in found else "is missing"
-                raise InputError(f"{path}: tensor {name} {says}, manifest.json says {shape}; {_AGAIN}")
+                says = f"has shape {found[name]}" if name in found else "is missing"
+                raise InputError(f"{path}: tensor {name} {says}, expected {shape} by manifest.json; {_AGAIN}")
         if "ids" not in (file.metadata() or {}):
             raise InputError(f"{path}: the images' ids are missing; {_AGAIN}")
 
@@ -141,7 +141,7 @@ class LatentShards:
         """Check that the cache holds these columns, with rows of these shapes.
 
         Raises:
-            InputError: it lacks one, or holds it in another shape.
+            InputError: one is missing, or has another shape.
         """
         for name, shape in shapes.items():
             if name not in self._columns:

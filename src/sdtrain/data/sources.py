@@ -1,7 +1,7 @@
 """Where captioned images come from: generated scenes, the hub, or files, read with Hugging Face Datasets.
 
-A source gives candidates: images as undecoded bytes or paths, and captions as found. Whether one is
-any good is for the gate in `dataset.py` to say.
+A source yields candidates: images as undecoded bytes or paths, and captions as found. `dataset.py`
+decides which of them are usable.
 """
 
 import difflib
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 _HUB_CACHE = re.compile(r"/[^:]*/snapshots/[0-9a-f]{40}/")
-"""Where the hub's client keeps a repository's files: differs between machines, so no input's name holds it."""
+"""Where the hub's client caches a repository's files; it differs between machines, so inputs' names leave it out."""
 
 _CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
-"""The files by which a data set on the hub says what it holds."""
+"""Files in which a data set on the hub describes itself."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _from_hub(params: DatasetParams, scratch: str) -> tuple[dict, "datasets.Data
     where = f"dataset.repo = {params.repo!r}"
     instead = "set dataset.source: imagefolder and dataset.path to a folder on this machine, or use 'generated'"
     faults = (datasets.exceptions.DatasetsError, datasets.data_files.EmptyDatasetError, ValueError, RuntimeError)
-    faults += (zipfile.BadZipFile,)  # Datasets looks into an archive to learn what the data set is
+    faults += (zipfile.BadZipFile,)  # Datasets opens archives to find out what the data set is
     with hub.repository("dataset.repo", params.repo, params.revision, "dataset", instead) as source:
         source.fetch([name for name in _CARDS if name in source.files])
         try:
@@ -102,7 +102,7 @@ def _from_hub(params: DatasetParams, scratch: str) -> tuple[dict, "datasets.Data
                     fault = f"names files outside commit {source.commit}, which can't be checked: {url}"
                     raise InputError(f"{where}: {fault}; {instead}")
             source.fetch([url.removeprefix(root) for url in urls])
-            builder.download_and_prepare()  # finds these very files in the hub's cache, and no table in its own
+            builder.download_and_prepare()  # uses these files from the hub's cache, and no table from its own
             table = builder.as_dataset(split=params.split)
         except InputError:
             raise
@@ -114,7 +114,7 @@ def _from_hub(params: DatasetParams, scratch: str) -> tuple[dict, "datasets.Data
 
 
 def _from_files(params: DatasetParams, scratch: str) -> tuple[dict, "datasets.Dataset"]:
-    """Read local files through a scratch cache, so that no earlier run's copy is ever used."""
+    """Read local files through a scratch cache, so that an earlier run's copy is never used."""
     import datasets
 
     path = Path(params.path)
@@ -122,7 +122,7 @@ def _from_files(params: DatasetParams, scratch: str) -> tuple[dict, "datasets.Da
         raise InputError(f"dataset.path = '{path}': no such file or folder")
     datasets.disable_progress_bars()
     suffix = {"parquet": ".parquet", "webdataset": ".tar"}.get(params.source)
-    # One named split, so that Datasets takes no file called test.png for a split of its own.
+    # One named split, so that Datasets doesn't make a file called test.png a split of its own.
     files = [glob.escape(str(path.resolve())) + "/**"]
     if suffix is None and not any(p.suffix.lower() in _IMAGE_SUFFIXES for p in path.rglob("*")):
         raise InputError(f"dataset.path = '{path}': the folder has no images ({', '.join(sorted(_IMAGE_SUFFIXES))})")
@@ -168,7 +168,7 @@ def _reader(table: "datasets.Dataset", params: DatasetParams) -> Callable[[int],
             try:
                 data = archive(file).read(member)
             except zipfile.BadZipFile:
-                data = b"damaged"  # dropped as what can't be decoded
+                data = b"damaged"  # so that it is dropped as undecodable
         name = f"row {index}" + (f" {_HUB_CACHE.sub('', path)}" if path else "")
         return Candidate(name, data or path, row.get(params.caption_column))
 
@@ -176,16 +176,16 @@ def _reader(table: "datasets.Dataset", params: DatasetParams) -> Callable[[int],
 
 
 def _imagefolder(table: "datasets.Dataset", source: Source, params: DatasetParams) -> Source:
-    """Captions from `.txt` files where the metadata has none, an order by name, and the images left out.
+    """Adds captions from `.txt` files where the metadata has none, sorts by name, and lists unread images.
 
-    Datasets reads several metadata files in the order of a set, which differs from run to run.
+    Sorted, because Datasets reads several metadata files in the order of a set, which differs from run to run.
     """
     root = Path(params.path).resolve()
     has_captions = params.caption_column in table.column_names
     if not has_captions and not any(root.rglob("*.txt")):
         raise InputError(
             f"dataset.caption_column = {params.caption_column!r}: no such column in '{params.path}'; its metadata has "
-            f"{', '.join(table.column_names)}, and no .txt file lies beside the images"
+            f"{', '.join(table.column_names)}, and there is no .txt file beside the images"
         )
 
     def named(index: int) -> Candidate:

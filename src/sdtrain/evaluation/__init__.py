@@ -1,1 +1,1 @@
-"""Numbers on images that training never sees."""
+"""Metrics on images that training never sees."""

@@ -1,10 +1,10 @@
-"""The held-out loss: low variance, and the same question to every model.
+"""The held-out loss: low variance, and the same inputs for every model.
 
 Every held-out image is noised at the middle of equal bins of timesteps, with noise that depends
-on (image, bin) alone. So two models, or two steps of one, see identical inputs, and their
-difference isn't buried under the draw of timesteps, which makes up most of a training loss's noise.
-The loss is the squared error of the implied noise ε, whatever the UNet predicts, so that runs with
-different `prediction_type` compare. Runs on different noise schedules don't: each is asked at its own.
+on (image, bin) alone. So two models, or two steps of one, see identical inputs, and the draw of
+timesteps, which causes most of a training loss's noise, doesn't hide their difference. The loss is
+the squared error of the implied noise ε, whatever the UNet predicts, so that runs with different
+`prediction_type` can be compared. Runs with different noise schedules can't: each uses its own.
 """
 
 import torch
@@ -23,9 +23,9 @@ class HeldOut:
 
     Args:
         num_train_timesteps: T of the noise schedule.
-        num_timesteps: bins, so noised versions of each image.
-        max_samples: images used, chosen by a hash of their ids: the split's order, often by class, has no say,
-            and a larger number adds images to a smaller one's.
+        num_timesteps: number of bins, and of noised versions of each image.
+        max_samples: images used, chosen by a hash of their ids, because the split's order is often by class;
+            a larger number keeps a smaller one's images.
         batch_size: noised latents per call of the denoiser.
     """
 
@@ -52,7 +52,7 @@ class HeldOut:
 
         Args:
             scheduler: the noise schedule and prediction type that the weights were trained with.
-            part: (k, n) does every n-th row from the k-th on and leaves 0 elsewhere: n processes sum theirs up.
+            part: (k, n) computes every n-th row from the k-th on and leaves the others 0, for n processes to sum.
         """
         model, num_bins = method.trained, len(self.timesteps)
         device = next(model.parameters()).device

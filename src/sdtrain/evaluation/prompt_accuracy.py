@@ -18,7 +18,7 @@ def prompt_accuracy(params: EvaluateParams, seed: int, pipelines: dict[str, Diff
     """Share of images that show what the prompt says, by field.
 
     Of prompts with new concepts, colour is counted where the object's colour is new, shape where
-    the shape is, style where the style is: what the base has never seen. Known prompts count all.
+    the shape is, style where the style is: what the base has never seen. For known prompts all fields count.
     """
     rows = []
     for kind in ("new", "known"):

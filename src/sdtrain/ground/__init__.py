@@ -1,1 +1,1 @@
-"""What everything rests on: it knows no params, no models and no other room."""
+"""What everything else builds on; it imports no params, no models and no other folder of the package."""

@@ -21,7 +21,7 @@ class Objective:
     """ᾱ, float32 [num_train_timesteps]."""
     prediction_type: PredictionType
     snr_gamma: float | None
-    """γ of min-SNR weights; None weighs all timesteps alike."""
+    """γ of min-SNR weights; None weighs all timesteps equally."""
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def min_snr_weights(
 ) -> Tensor:
     """Min-SNR-γ loss weights, float [B] (Hang et al. 2023, "Efficient diffusion training via min-SNR weighting").
 
-    The paper weighs the error of x₀ by min(SNR, γ). The error of ε is SNR times that of x₀, the error
+    The paper weights the error of x₀ by min(SNR, γ). The error of ε is SNR times that of x₀, the error
     of v is SNR+1 times it, so their weights are min(SNR, γ)/SNR and min(SNR, γ)/(SNR+1). Where
     SNR is 0 (the end of a zero-terminal-SNR schedule) the weight is 1, as in the authors' code: the
     formula's 0 would leave that timestep untrained.

@@ -1,10 +1,10 @@
-"""The exceptions that mean: the input or the machine is at fault; their messages say what to do."""
+"""Exceptions for faults in the input or the machine; their messages say what to do."""
 
 
 class InputError(ValueError):
     """A fault in what the user gave: params, data, a model or the environment.
 
-    Stages and the command line print its message alone, without a traceback.
+    Stages and the command line print only its message, without a traceback.
     """
 
 
@@ -12,10 +12,10 @@ class DiskFullError(InputError):
     """A disk or quota was full.
 
     Args:
-        what: couldn't be written.
-        needs_bytes: the size of `what`, where it is known.
-        free_bytes: what is free for it now, where it is known.
-        safe: what was written before and stays, where it is known.
+        what: names what couldn't be written.
+        needs_bytes: its size, where it is known.
+        free_bytes: the free space for it, where it is known.
+        safe: says what was saved before, where it is known.
     """
 
     def __init__(self, what: str, needs_bytes: int | None, free_bytes: int | None, safe: str | None) -> None:
@@ -25,7 +25,7 @@ class DiskFullError(InputError):
         numbers = f" ({', '.join(sizes)})" if sizes else ""
         super().__init__(
             f"no space left on the disk, or in your quota, to write {what}{numbers}; "
-            f"{safe or 'nothing that was written before is lost'}; free some space, then give the same command again"
+            f"{safe or 'nothing that was written before is lost'}; free some space, then run the same command again"
         )
 
 

@@ -1,7 +1,7 @@
-"""Files and folders that are either whole or not there, and their hashes.
+"""Files and folders that are either complete or not there, and their hashes.
 
-A sealed folder lists the SHA-256 of each of its files in `SHA256SUMS`, as coreutils' sha256sum does:
-`sha256sum --check SHA256SUMS` in the folder checks it by hand.
+A sealed folder lists the SHA-256 of each of its files in `SHA256SUMS`, in the format of coreutils:
+`sha256sum --check SHA256SUMS` in the folder checks it.
 """
 
 import errno
@@ -25,12 +25,12 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def new_folder(out: Path, durable: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `out` that takes its place once the body has ended well.
+    """Yield an empty folder beside `out` that replaces it once the body has succeeded.
 
     A body that raises leaves neither a new `out` nor the half-written folder behind.
 
     Args:
-        durable: flush it to the disk first, so that it is whole even after a power cut.
+        durable: flush it to the disk first, so that it is complete even after a power cut.
     """
     partial = out.with_name(out.name + PARTIAL)
     with disk_errors_explained(str(out), out.parent):
@@ -52,7 +52,7 @@ def new_folder(out: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a folder that is whole for others until it is gone."""
+    """Delete a folder so that others see it complete or not at all."""
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     folder.rename(partial)
@@ -86,7 +86,7 @@ def write_json(path: Path, tree: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; `InputError` names it where it is missing or broken."""
+    """Read a JSON file; raises an `InputError` that names it if it is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -98,7 +98,7 @@ def read_json(path: Path) -> Any:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
+    """SHA-256 of a file, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -109,10 +109,10 @@ def sha256_json(tree: Any) -> str:
 
 
 def seal_folder(folder: Path, known: dict[str, str] | None = None) -> None:
-    """List the SHA-256 of every file in the folder, as the last thing that is written to it.
+    """List the SHA-256 of every file in the folder; must be the last write to it.
 
     Args:
-        known: hashes by name of files that needn't be read.
+        known: hashes by name of files that needn't be read again.
     """
     hashes = {name: (known or {}).get(name) or sha256_file(folder / name) for name in _files_in(folder)}
     write_text(folder / SEAL, _seal_of(hashes))
@@ -123,7 +123,7 @@ def _seal_of(hashes: dict[str, str]) -> str:
 
 
 def check_sealed(folder: Path) -> dict[str, str]:
-    """The hashes by name of a sealed folder's files, each of which was read and is what was written.
+    """Check every file of a sealed folder against its hash; returns the hashes by name.
 
     Raises:
         InputError: names the file that is missing, changed or new.
@@ -136,13 +136,13 @@ def check_sealed(folder: Path) -> dict[str, str]:
         raise InputError(f"{folder / SEAL} can't be read: {error}") from None
     hashes = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
     if text != _seal_of(hashes):
-        raise InputError(f"{folder / SEAL} isn't as it was written")
+        raise InputError(f"{folder / SEAL} was changed after it was written")
     check_files(folder, hashes, SEAL)
     return hashes
 
 
 def check_files(folder: Path, hashes: dict[str, str], listed_in: str) -> None:
-    """The folder holds the files with these hashes by name, and no other but `listed_in`; hidden ones don't count.
+    """Check that the folder has exactly the files with these hashes, by name; `listed_in` and hidden files don't count.
 
     Raises:
         InputError: names the file that is missing, changed or new.
@@ -159,7 +159,7 @@ def check_files(folder: Path, hashes: dict[str, str], listed_in: str) -> None:
 
 
 def check_hash(path: Path, expected: str, listed_in: str) -> None:
-    """The file can be read and has this SHA-256.
+    """Check that the file can be read and has this SHA-256.
 
     Raises:
         InputError: names both hashes.
@@ -169,11 +169,11 @@ def check_hash(path: Path, expected: str, listed_in: str) -> None:
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}") from None
     if digest != expected:
-        raise InputError(f"{path} has SHA-256 {digest[:12]}…, {listed_in} says {expected[:12]}…")
+        raise InputError(f"{path} has SHA-256 {digest[:12]}…, expected {expected[:12]}… by {listed_in}")
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file or folder to a name that nothing uses; the new name."""
+    """Rename a damaged file or folder to an unused name, which is returned."""
     number, target = 1, path.with_name(f"{path.name}.damaged")
     while target.exists():
         number += 1
@@ -183,10 +183,10 @@ def set_aside(path: Path) -> Path:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether a disk or quota that is full raised this; not all libraries pass the system's own exception on."""
+    """Whether a full disk or quota caused this error; not all libraries pass on the system's own exception."""
     if isinstance(error, DiskFullError) or getattr(error, "errno", None) in _NO_SPACE:
         return True
-    # shutil.copytree lists the texts of all its errors; safetensors has an exception of its own.
+    # shutil.copytree joins the texts of its errors; safetensors has its own exception.
     is_foreign = isinstance(error, shutil.Error) or type(error).__name__ == "SafetensorError"
     return is_foreign and any(os.strerror(number) in str(error) for number in _NO_SPACE)
 
@@ -198,12 +198,12 @@ def disk_errors_explained(
     needs_bytes: int | None = None,
     safe: Callable[[], str] | None = None,
 ) -> Iterator[None]:
-    """Turn the error of a full disk into one that says what couldn't be written, and what is safe.
+    """Turn a full disk's error into one that says what couldn't be written, and what is safe.
 
-    Of nested contexts the outer one's words hold, and what it leaves out is as the inner one says.
+    In nested contexts the outer one's arguments win; what it leaves out is taken from the inner one.
 
     Args:
-        place: the folder whose disk is written to.
+        place: a folder on the disk that is written to.
 
     Raises:
         DiskFullError: the disk or quota is full.
@@ -223,7 +223,7 @@ def disk_full(
     needs_bytes: int | None = None,
     safe: str | None = None,
 ) -> DiskFullError:
-    """A full disk's error as one that explains itself; None is what `error` says, if it does."""
+    """A full disk's error as a `DiskFullError`; arguments that are None are taken from `error` where it has them."""
     inner = error if isinstance(error, DiskFullError) else None
     name = getattr(error, "filename", None)
     return DiskFullError(
@@ -235,7 +235,7 @@ def disk_full(
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
+    """The folder, or its nearest parent that exists."""
     folder = folder.absolute()
     return next(place for place in (folder, *folder.parents) if place.exists())
 
@@ -248,6 +248,6 @@ def _free_bytes(place: Path | None) -> int | None:
 
 
 def _files_in(folder: Path) -> list[str]:
-    """Names of all files in a folder and those below it, sorted; hidden ones and the seal itself left out."""
+    """Names of all files in a folder and those below it, sorted; without hidden ones and the seal itself."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return [name for name in names if name != SEAL and not any(part.startswith(".") for part in name.split("/"))]

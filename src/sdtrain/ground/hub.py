@@ -1,10 +1,10 @@
-"""Files from the Hugging Face hub: each one checked against what the hub tells of it, network faults waited out.
+"""Files from the Hugging Face hub: each one checked against the hub's hash, with retries on network faults.
 
     with hub.repository("base.repo", "acme/model", None, "model", instead="…") as source:
         paths = source.fetch(["unet/config.json"])
 
-The hub tells every file's size and hash at a commit: SHA-256 for files in LFS, git's blob id for the others. What is
-fetched, and what the local cache holds already, is used only if it has them.
+The hub reports every file's size and hash at a commit: SHA-256 for files in LFS, git's blob id for the others. A
+file, just fetched or from the local cache, is used only if both match.
 """
 
 import re
@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 
 NUM_TRIES = 5
 FIRST_WAIT_S = 1.0
-"""Before the second try; it doubles with each further one, and lasts longer where the hub asks for that."""
+"""Before the second try; doubles with each further one, and is longer where the hub asks for it."""
 LONGEST_WAIT_S = 300.0
-"""The hub counts requests in windows of five minutes."""
+"""The hub's rate limits count requests in windows of five minutes."""
 
 _NETWORK_FAULTS = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 _MANY_FILES = 16
-"""Beyond so many there is one progress bar for all: one for each would only flicker."""
+"""For more files than this there is one progress bar for all, because one for each would only flicker."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -61,7 +61,7 @@ _MOVED = {
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository at one commit, and what the hub tells of each of its files."""
+    """A repository at one commit, with what the hub reports of each of its files."""
 
     key: str
     name: str
@@ -70,10 +70,10 @@ class Repository:
     files: dict[str, "RepoFile"]
 
     def fetch(self, names: Collection[str]) -> dict[str, Path]:
-        """Fetch files, or find them in the hub's local cache, and return where each one lies.
+        """Fetch files, or find them in the hub's local cache; returns each one's path.
 
         Raises:
-            InputError: what arrives isn't what the hub tells of a file, twice.
+            InputError: a file doesn't match what the hub reports, twice in a row.
         """
         quiet = len(names) > _MANY_FILES
         get, no_bar = partial(self._get, quiet=quiet), None if quiet else True
@@ -83,7 +83,7 @@ class Repository:
                 found[name] = result
                 bar.update()
         bad = [name for name, (_, fault) in found.items() if fault is not None]
-        for name in bad:  # all before the first is fetched again: files of the same content share one in the cache
+        for name in bad:  # all before the first is fetched again: the cache stores equal files once
             path, fault = found[name]
             _discard(path)
             print(f"{self._place(name)}: {fault}; discarded, fetching it again", flush=True)
@@ -92,13 +92,13 @@ class Repository:
             if fault is not None:
                 _discard(path)
                 raise InputError(
-                    f"{self._place(name)}: {fault}, also when fetched again; nothing of it is kept. Check that no "
+                    f"{self._place(name)}: {fault}, also when fetched again; it isn't kept. Check that no "
                     f"proxy or login page answers in place of {constants.ENDPOINT}, or try again later"
                 )
         return {name: path for name, (path, _) in found.items()}
 
     def _get(self, name: str, quiet: bool = False) -> tuple[Path | None, str | None]:
-        """Where a file lies, and what is wrong with it."""
+        """A file's path, and what is wrong with it."""
         from huggingface_hub import hf_hub_download
 
         bar = silent_tqdm if quiet else None
@@ -107,15 +107,15 @@ class Repository:
         except ValueError as error:
             raise InputError(f"{self._place(name)}: {error}") from None
         except (OSError, RuntimeError) as error:
-            # Another length than announced is a bare OSError, a fault of Xet's a RuntimeError; no file is kept.
+            # A wrong length is a bare OSError, a fault of Xet a RuntimeError; no file is kept.
             if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
                 raise
             return None, str(error).splitlines()[0]
         fault = _mismatch(path, self.files[name])
         if fault is None and is_lfs_pointer(path):
             raise InputError(
-                f"{self._place(name)}: is a Git LFS pointer in the repository itself, which lacks the file that it "
-                "stands for; take another revision or repository"
+                f"{self._place(name)}: is a Git LFS pointer in the repository itself, which lacks the actual "
+                "file; take another revision or repository"
             )
         return path, fault
 
@@ -125,7 +125,7 @@ class Repository:
 
 @contextmanager
 def repository(key: str, name: str, revision: str | None, kind: str, instead: str) -> Iterator[Repository]:
-    """A repository at the commit that `revision` stands for; faults of hub and network, here and in the body, in words.
+    """A repository at the commit of `revision`; turns hub and network faults, here and in the body, into `InputError`.
 
     Args:
         key: the params key that named the repository, e.g. `base.repo`.
@@ -144,7 +144,7 @@ def repository(key: str, name: str, revision: str | None, kind: str, instead: st
 
 @contextmanager
 def explained(key: str, name: str, revision: str | None, instead: str) -> Iterator[None]:
-    """Turn faults of hub and network into words; arguments and errors as `repository`."""
+    """Turn faults of hub and network into `InputError`; arguments as for `repository`."""
     try:
         yield
     except (HFValidationError, HTTPError, OSError, _Unanswered) as error:
@@ -154,7 +154,7 @@ def explained(key: str, name: str, revision: str | None, instead: str) -> Iterat
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file only says where Git LFS keeps the real one."""
+    """Whether a file is a Git LFS pointer instead of the file itself."""
     with path.open("rb") as file:
         return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
@@ -171,32 +171,32 @@ def _look_up(key: str, name: str, revision: str | None, kind: str) -> Repository
         files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     except HFValidationError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # as reading some other JSON, or none, ends
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # what other JSON, or none, leads to
         raise InputError(
-            f"{key} = {name!r}: what {constants.ENDPOINT} answers isn't what the hub's API gives "
+            f"{key} = {name!r}: the answer of {constants.ENDPOINT} isn't one of the hub's API "
             f"({type(error).__name__}: {error}); check that no proxy or login page answers in its place"
         ) from None
     return Repository(key, name, kind, commit, files)
 
 
-def _mismatch(path: Path, told: "RepoFile") -> str | None:
-    """What a file has otherwise than the hub tells of it; nothing if it is the same."""
-    if told.lfs is not None:
-        algorithm, expected, found = "SHA-256", told.lfs.sha256, sha256_file(path)
+def _mismatch(path: Path, listed: "RepoFile") -> str | None:
+    """How a file differs from what the hub reports; None if it matches."""
+    if listed.lfs is not None:
+        algorithm, expected, found = "SHA-256", listed.lfs.sha256, sha256_file(path)
     else:
-        algorithm, expected, found = "git blob id", told.blob_id, git_hash(path.read_bytes())
+        algorithm, expected, found = "git blob id", listed.blob_id, git_hash(path.read_bytes())
     size = path.stat().st_size
-    if (size, found) == (told.size, expected):
+    if (size, found) == (listed.size, expected):
         return None
     with path.open("rb") as file:
         start = file.read(200).lstrip().lower()
     looks = " (it is a Git LFS pointer)" if is_lfs_pointer(path) else ""
     looks = " (it is an HTML page)" if start.startswith((b"<!doctype html", b"<html")) else looks
-    return f"has {size} bytes and {algorithm} {found}{looks}; the hub tells {told.size} bytes and {expected}"
+    return f"has {size} bytes and {algorithm} {found}{looks}; the hub reports {listed.size} bytes and {expected}"
 
 
 def _discard(path: Path | None) -> None:
-    """Delete a file of the hub's local cache, where it is a link to what it holds."""
+    """Delete a file from the hub's local cache, where it is a link to the content."""
     if path is not None:
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
@@ -210,7 +210,7 @@ def _explain(error: Exception, name: str, revision: str | None, instead: str) ->
         case _Unanswered():
             return f"{unreachable} (tried {NUM_TRIES} times: {error})"
         case HFValidationError():
-            return f"not a name that the hub allows: {error}"
+            return f"not a valid name on the hub: {error}"
         case GatedRepoError():
             return "the repository is gated; accept its terms on its page, then log in with `hf auth login`"
         case RevisionNotFoundError():
@@ -234,10 +234,10 @@ def _explain(error: Exception, name: str, revision: str | None, instead: str) ->
 
 
 class _Unanswered(Exception):
-    """The hub, or its network, failed as often as we try.
+    """The hub, or the network, failed at every try.
 
-    No `OSError` and none of the client's own errors: those are caught, tried again or taken for an absent file by the
-    libraries between here and the request.
+    Neither an `OSError` nor one of the client's own errors: the libraries between here and the request would catch
+    those, retry, or treat the file as absent.
     """
 
     def __init__(self, fault: str, reached: bool) -> None:
@@ -247,25 +247,25 @@ class _Unanswered(Exception):
 
 @cache
 def _be_patient() -> None:
-    """Have all that asks the hub in this process, Datasets too, ask through `_PatientClient`."""
-    hooks = get_session().event_hooks  # the hub client's own, which keep to HF_HUB_OFFLINE
+    """Route all of this process's requests to the hub, those of Datasets too, through `_PatientClient`."""
+    hooks = get_session().event_hooks  # the hub client's own, which respect HF_HUB_OFFLINE
     set_client_factory(partial(_PatientClient, event_hooks=hooks, follow_redirects=True))
 
 
 class _PatientClient(httpx.Client):
-    """Tries again, after growing waits that it prints, what failed for the network's or the hub's weakness."""
+    """Retries what failed because of the network or the hub, after growing waits that it prints."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
         self._num_faults = Counter()
-        """By URL, since something last came of it."""
+        """By URL, since it last succeeded."""
 
     def send(self, request: httpx.Request, *, stream: bool = False, **options) -> httpx.Response:
         if request.method == "HEAD" and not str(request.url).startswith(constants.ENDPOINT):
-            return super().send(request, stream=stream, **options)  # Datasets counts loads elsewhere: never mind
+            return super().send(request, stream=stream, **options)  # Datasets counts downloads there: not worth a retry
         given = {key: value for key, value in request.extensions.get("timeout", {}).items() if value is not None}
         patience = httpx.Timeout(constants.HF_HUB_DOWNLOAD_TIMEOUT).as_dict()
-        request.extensions["timeout"] = {**patience, **given}  # the hub's API would wait for ever
+        request.extensions["timeout"] = {**patience, **given}  # the hub's API calls have no timeout of their own
         while True:
             try:
                 response = super().send(request, stream=stream, **options)
@@ -285,7 +285,7 @@ class _PatientClient(httpx.Client):
         return response
 
     def wait_after(self, request: httpx.Request, fault: str, at_least_s: float = 0, reached: bool = False) -> None:
-        """Wait for the next try, or raise `_Unanswered` after the last."""
+        """Wait before the next try, or raise `_Unanswered` after the last."""
         url = str(request.url.copy_with(query=None))
         self._num_faults[url] += 1
         num_faults = self._num_faults[url]
@@ -301,10 +301,10 @@ class _PatientClient(httpx.Client):
 
 
 class _Body(httpx.SyncByteStream):
-    """The bytes of a download; where they break off, waits and says so.
+    """The bytes of a download; if they break off, prints that and waits.
 
-    It then raises the one error after which `hf_hub_download` asks for the rest: of a reset connection it would begin
-    anew.
+    It then raises the one error on which `hf_hub_download` resumes; on a reset connection it would start from
+    scratch.
     """
 
     def __init__(self, stream: httpx.SyncByteStream, client: _PatientClient, request: httpx.Request) -> None:
@@ -315,7 +315,7 @@ class _Body(httpx.SyncByteStream):
         try:
             for data in self._stream:
                 size += len(data)
-                if size > constants.DOWNLOAD_CHUNK_SIZE:  # as much as `hf_hub_download` keeps
+                if size > constants.DOWNLOAD_CHUNK_SIZE:  # what `hf_hub_download` keeps
                     self._client.has_come(self._request)
                 yield data
         except _NETWORK_FAULTS as error:
@@ -328,7 +328,7 @@ class _Body(httpx.SyncByteStream):
 
 
 def _asked_wait(response: httpx.Response) -> float:
-    """For how many seconds the hub asks us to wait."""
+    """Seconds that the hub asks us to wait."""
     limit = parse_ratelimit_headers(response.headers)
     if response.status_code == 429 and limit is not None and limit.remaining == 0:
         return limit.reset_in_seconds

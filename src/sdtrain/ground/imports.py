@@ -20,7 +20,7 @@ def import_closure(files: Iterable[Path], roots: dict[str, Path], skip: Iterable
         skip: patterns of modules that are neither followed nor returned, e.g. `sdtrain.params*`.
 
     Raises:
-        ImportError: a module of these packages is imported that isn't there, so that the answer would be wrong.
+        ImportError: an imported module of these packages isn't there, so the answer would be incomplete.
     """
     skip, found, waiting = tuple(skip), {}, list(files)
     while waiting:
@@ -55,7 +55,7 @@ def _absolute(file: Path, node: ast.ImportFrom, roots: dict[str, Path]) -> str:
         if file.is_relative_to(folder / root):
             package = file.parents[node.level - 1].relative_to(folder)
             return ".".join([*package.parts, *([node.module] if node.module else [])])
-    raise ImportError(f"{file}: imports {'.' * node.level}{node.module or ''}, but lies in none of {', '.join(roots)}")
+    raise ImportError(f"{file}: imports {'.' * node.level}{node.module or ''}, but is in none of {', '.join(roots)}")
 
 
 def _find(name: str, roots: dict[str, Path]) -> Path:

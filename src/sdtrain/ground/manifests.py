@@ -1,7 +1,7 @@
-"""What the folders between the stages say of themselves: format, origin, fingerprint.
+"""The manifests of the folders between the stages: format, origin, fingerprint.
 
-Each of `data/base`, `data/dataset` and `data/latents` holds a `manifest.json`. The next stage reads
-it before it trusts the folder.
+`data/base`, `data/dataset` and `data/latents` each have a `manifest.json`, which the next stage checks
+before it uses the folder.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from sdtrain.ground.files import check_files, check_hash, read_json, sha256_json
 
 _NAME = "manifest.json"
 _MAX_HASHED_BYTES = 8 * 2**30
-"""Of a latent cache: up to here its shards are read and hashed before a run, in some 10 s; beyond, only their heads."""
+"""Up to this size a latent cache's shards are hashed before a run, in some 10 s; beyond, only headers are read."""
 
 
 class _Record(BaseModel):
@@ -28,18 +28,18 @@ def _both(splits: dict) -> dict:
 
 
 class Manifest(_Record):
-    """A folder's manifest. `format_version` is that of the format which this code writes and reads."""
+    """A folder's manifest; `format_version` is the version that this code writes and reads."""
 
     VERSION: ClassVar[int]
     STAGE: ClassVar[str]
-    """Which writes the folder."""
+    """The stage that writes the folder."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The manifest of a folder of this kind.
+        """Read the manifest of a folder of this kind.
 
         Raises:
-            InputError: the folder or its manifest is missing, broken, or of another format than this code reads.
+            InputError: the folder or its manifest is missing or broken, or has another format version.
         """
         path, again = folder / _NAME, f"run `dvc repro {cls.STAGE}`"
         if not path.exists():
@@ -49,7 +49,7 @@ class Manifest(_Record):
         except InputError as fault:
             raise InputError(f"{fault}; {again}") from None
         if not isinstance(tree, dict):
-            raise InputError(f"{path}: is a {type(tree).__name__}, not an object; {again}")
+            raise InputError(f"{path}: expected an object, got {type(tree).__name__}; {again}")
         if tree.get("format_version") != cls.VERSION:
             found = tree.get("format_version")
             raise InputError(f"{path}: format_version {found}, this code reads {cls.VERSION}; {again}")
@@ -60,7 +60,7 @@ class Manifest(_Record):
             raise InputError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}; {again}") from None
 
     def write(self, folder: Path) -> None:
-        """Write it to the folder that it describes."""
+        """Write it to its folder."""
         write_json(folder / _NAME, self.model_dump(mode="json"))
 
 
@@ -98,9 +98,9 @@ class DatasetManifest(Manifest):
     source: dict[str, Any]
     splits: Annotated[dict[str, DatasetSplit], AfterValidator(_both)]
     dropped: dict[str, PositiveInt]
-    """Inputs that aren't among the rows, by reason."""
+    """Number of inputs that were dropped, by reason."""
     noted: dict[str, PositiveInt]
-    """Rows with something to know about them, by what it is."""
+    """Number of rows with a note, by note."""
     fingerprint: str
 
 
@@ -121,7 +121,7 @@ class LatentsManifest(Manifest):
     encoders_fingerprint: str
     fingerprint: str
     params: dict[str, Any]
-    """The section `precompute` that it was made with."""
+    """The section `precompute` of the params it was made with."""
     seed: NonNegativeInt
     max_token_id: NonNegativeInt
     shape: tuple[PositiveInt, PositiveInt, PositiveInt]
@@ -129,12 +129,12 @@ class LatentsManifest(Manifest):
     splits: Annotated[dict[str, list[Shard]], AfterValidator(_both)]
 
     def num_rows(self, split: str) -> int:
-        """Images of a split."""
+        """Number of images in a split."""
         return sum(shard.num_rows for shard in self.splits[split])
 
 
 def check_base_files(base: Path) -> None:
-    """Read every file of the base: it must be what the stage `base` wrote.
+    """Check that every file of the base is what the stage `base` wrote.
 
     Raises:
         InputError: names the file that is missing, changed or new.
@@ -146,7 +146,7 @@ def check_base_files(base: Path) -> None:
 
 
 def check_latent_files(latents: Path) -> None:
-    """Read every shard of a latent cache, unless it is too large for that: it must be what was written.
+    """Check that every shard of a latent cache is what was written, unless the cache is too large to hash.
 
     Raises:
         InputError: names the shard that is missing or changed.
@@ -155,7 +155,7 @@ def check_latent_files(latents: Path) -> None:
     try:
         num_bytes = sum((latents / shard.file).stat().st_size for shard in shards)
         if num_bytes > _MAX_HASHED_BYTES:
-            print(f"{latents}: {num_bytes / 2**30:.0f} GiB of shards, whose heads are checked but not their hashes")
+            print(f"{latents}: {num_bytes / 2**30:.0f} GiB of shards: their headers are checked, their hashes aren't")
             return
         for shard in shards:
             check_hash(latents / shard.file, shard.sha256, _NAME)

@@ -2,8 +2,8 @@
 
 Philox 4x64 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a key and a
 counter into bits. The key is the run's seed and the purpose, the counter is the place: a step and
-a position in the batch, or a sample's id. So no draw depends on what was drawn before it, on the
-batch split, or on the number of processes, and none shares a stream with another purpose.
+a position in the batch, or a sample's id. So no draw depends on earlier draws, on the batch split,
+or on the number of processes, and no two purposes share a stream.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Training methods. `method.py` says what one is; each has a module of its own."""
+"""Training methods. `method.py` defines what a method is; each has its own module."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from sdtrain.params.schema import FinetuneParams, Section
 
 @dataclass(frozen=True)
 class Kind:
-    """One method: its section of params.yaml, and what builds it around a base."""
+    """One method: its section of params.yaml, and the function that builds it around a base."""
 
     params: type[Section]
     build: Callable[[Any, Parts], Method]
@@ -24,17 +24,17 @@ METHODS = {"finetune": Kind(FinetuneParams, finetune.build)}
 
 
 def build_method(params: Section, parts: Parts) -> Method:
-    """The method that a params file's section `method` describes, around `parts`, whose weights it changes in place."""
+    """Build the method of the section `method` around `parts`, whose weights it changes in place."""
     return METHODS[params.name].build(params, parts)
 
 
 def recorded_method(tree: dict) -> Section:
-    """The section `method` as a checkpoint recorded it.
+    """Parse the section `method` that a checkpoint recorded.
 
     Raises:
-        InputError: this version knows no such method.
+        InputError: this version doesn't know the method.
     """
     name = tree.get("name")
     if name not in METHODS:
-        raise InputError(f"method.name = {name!r}: this version of sdtrain has {', '.join(METHODS)}")
+        raise InputError(f"method.name = {name!r}: unknown to this version of sdtrain, which has {', '.join(METHODS)}")
     return METHODS[name].params.model_validate(tree)

@@ -1,6 +1,6 @@
-"""Checkpoints: a folder with a method's raw and averaged weights, and what made them.
+"""Checkpoints: a folder with a method's raw and averaged weights, and how they were trained.
 
-`data/checkpoints/{best,last}/raw/`, `ema/` (where an average is kept), each as the method saves it, and
+`data/checkpoints/{best,last}/raw/`, `ema/` (if an average is kept), each as the method saves it, and
 `training_config.json`; with more than one best, `best-2/`, `best-3/` and so on, by rising held-out loss.
 `SHA256SUMS` lists each file's SHA-256.
 """
@@ -20,7 +20,7 @@ from sdtrain.models.parts import Parts, training_scheduler
 
 
 def save_checkpoint(folder: Path, method: Method, ema: EMAModel | None, config: dict) -> None:
-    """Write one checkpoint, whole or not at all; leaves the weights as they are."""
+    """Write one checkpoint, completely or not at all; doesn't change the weights."""
     with new_folder(folder, durable=True) as partial:
         method.save(partial / "raw")
         if ema is not None:
@@ -34,13 +34,13 @@ def copy_checkpoint(source: Path, target: Path, changes: dict) -> None:
     """Copy a checkpoint, with changes to its training_config.
 
     Raises:
-        InputError: the copy isn't what was saved.
+        InputError: the checkpoint or its copy is damaged.
     """
     shutil.copytree(source, target)
     try:
         hashes = check_sealed(target)
     except InputError:
-        check_sealed(source)  # named as it lies, where the fault is there
+        check_sealed(source)  # names the source's file if the fault is there
         raise
     config = target / "training_config.json"
     write_json(config, {**read_json(config), **changes})
@@ -51,10 +51,10 @@ def read_checkpoint(folder: Path) -> dict:
     """A checkpoint's training_config.
 
     Raises:
-        InputError: there is no checkpoint.
+        InputError: the folder isn't a checkpoint.
     """
     if not is_checkpoint(folder):
-        raise InputError(f"{folder}: no checkpoint here (it lacks training_config.json); run `dvc repro train`")
+        raise InputError(f"{folder}: not a checkpoint (it has no training_config.json); run `dvc repro train`")
     return read_json(folder / "training_config.json")
 
 
@@ -62,16 +62,16 @@ def load_checkpoint(folder: Path, weights: str | None, parts: Parts) -> tuple[Me
     """The method with a checkpoint's weights around its base's `parts`, its noise schedule and its training_config.
 
     Args:
-        weights: `raw` or `ema`; None takes the average where the checkpoint keeps one.
+        weights: `raw` or `ema`; None takes `ema` if the checkpoint has it.
 
     Raises:
-        InputError: the checkpoint isn't there, keeps no such weights, or was trained on another base.
+        InputError: the checkpoint isn't there, doesn't have these weights, or was trained on another base.
     """
     config = read_checkpoint(folder)
     if weights is None:
         weights = "ema" if (folder / "ema").exists() else "raw"
     if not (folder / weights).exists():
-        raise InputError(f"{folder}: keeps no {weights} weights; use 'raw', or train with train.use_ema: true")
+        raise InputError(f"{folder}: has no {weights} weights; use 'raw', or train with train.use_ema: true")
     parts.set_resolution(config["params"]["precompute"]["resolution"])
     method = build_method(recorded_method(config["params"]["method"]), parts)
     method.load(folder / weights)
@@ -81,5 +81,5 @@ def load_checkpoint(folder: Path, weights: str | None, parts: Parts) -> tuple[Me
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder is one that `save_checkpoint` wrote; an exported model isn't."""
+    """Whether `save_checkpoint` wrote the folder; False for an exported model."""
     return (folder / "training_config.json").exists() and not (folder / "model_index.json").exists()

@@ -1,7 +1,7 @@
 """What a training method is: what trains, what it sees, and what is minimised.
 
-The loop, the step, saved states, checkpoints, the held-out loss, the memory estimate and the export know
-a `Method` and nothing more; `trained_parameters` is the one definition of a run's weights.
+The loop, the step, saved states, checkpoints, the held-out loss, the memory estimate and the export use only
+what a `Method` has; `trained_parameters` is the one definition of a run's weights.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ from sdtrain.ground.diffusion import Objective, add_noise, min_snr_weights, pred
 
 LossPass = Callable[[nn.Module, Batch, Objective], dict[str, Tensor]]
 """From (`trained`, wrapped for several processes; a batch of B rows; the objective) to float32 values of each row,
-[B]: `loss` is minimised, others are only logged."""
+[B]: `loss` is minimised, the others are only logged."""
 
 Predict = Callable[[nn.Module, Tensor, Tensor, Batch], Tensor]
 """`Method.predict`."""
@@ -32,13 +32,13 @@ class Method(Protocol):
     """Holds the run's weights: its parameters with `requires_grad`. Several processes wrap it in DDP, so a loss pass
     calls the module that it is given, not this one."""
     columns: dict[str, tuple[int, ...]]
-    """What its batches need of the latent cache beyond the plain columns: name to the shape of one row. Where the
-    shape depends on the latents', their size is the UNet's `config.sample_size`."""
+    """Further columns of the latent cache that its batches need: name to the shape of one row. Where the shape depends
+    on the latents', their size is the UNet's `config.sample_size`."""
     losses: tuple[LossPass, ...]
     """Each makes one backward pass, and their losses add up. The last one must reach every trained parameter: with
     several processes it is the one that sums gradients."""
     logged: tuple[str, ...]
-    """What the loss passes tell beside `loss`: columns of the training curve."""
+    """What the loss passes return besides `loss`: columns of the training curve."""
 
     def predict(self, model: nn.Module, noisy_latents: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
         """What the denoiser predicts, [B, C, h, w], in training and for the held-out loss.
@@ -47,21 +47,21 @@ class Method(Protocol):
             model: `trained`, wrapped or not.
             noisy_latents: [B, C, h, w].
             timesteps: int64 [B].
-            batch: the rest of what is known of these rows.
+            batch: all other inputs of these rows.
         """
 
     def save(self, folder: Path) -> None:
         """Write the trained weights to an empty folder, in Diffusers' own layout."""
 
     def load(self, folder: Path) -> None:
-        """Take over the weights that `save` wrote, in place.
+        """Load the weights that `save` wrote, in place.
 
         Raises:
-            InputError: they are of another structure.
+            InputError: they have another structure.
         """
 
     def pipeline(self, scheduler: DDPMScheduler) -> DiffusionPipeline:
-        """A pipeline around the weights as they are, on the schedule that they were trained with."""
+        """A pipeline around the current weights, with the noise schedule that they were trained on."""
 
 
 def trained_parameters(method: Method) -> dict[str, nn.Parameter]:
@@ -73,7 +73,7 @@ def enable_gradient_checkpointing(modules: Iterable[nn.Module], recompute: Calla
     """Recompute activations in the backward pass, in every Diffusers model among the modules and inside them.
 
     Args:
-        recompute: in place of Diffusers' own call of torch.utils.checkpoint.
+        recompute: replaces Diffusers' own call of torch.utils.checkpoint.
     """
     for module in {id(inner): inner for outer in modules for inner in outer.modules()}.values():
         if isinstance(module, ModelMixin) and module._supports_gradient_checkpointing:
@@ -81,7 +81,7 @@ def enable_gradient_checkpointing(modules: Iterable[nn.Module], recompute: Calla
 
 
 def denoising_loss(predict: Predict) -> LossPass:
-    """The squared error of the prediction, weighted by min-SNR where the objective asks (Ho et al. 2020, eq. 14)."""
+    """The squared error of the prediction, with min-SNR weights if the objective has a γ (Ho et al. 2020, eq. 14)."""
 
     def losses(model: nn.Module, batch: Batch, objective: Objective) -> dict[str, Tensor]:
         alphas_cumprod, prediction_type = objective.alphas_cumprod, objective.prediction_type
@@ -97,7 +97,7 @@ def denoising_loss(predict: Predict) -> LossPass:
 
 
 def encode_text(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
-    """The frozen encoder's states of captions, float32 [B, L, D], whatever precision the caller computes in."""
+    """The frozen encoder's hidden states, float32 [B, L, D], whatever precision the caller computes in."""
     device_type = input_ids.device.type
     can_autocast = torch.amp.is_autocast_available(device_type)
     with torch.no_grad(), torch.autocast(device_type, enabled=False) if can_autocast else nullcontext():

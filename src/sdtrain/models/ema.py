@@ -11,7 +11,7 @@ from sdtrain.params.schema import TrainParams
 
 
 def build_ema(weights: Iterable[nn.Parameter], params: TrainParams) -> EMAModel | None:
-    """The average that the params ask for, starting at these weights; None where they ask for none."""
+    """The average that the params ask for, starting from these weights; None without `use_ema`."""
     if not params.use_ema:
         return None
     if params.ema_schedule == "power_function":
@@ -43,7 +43,7 @@ def power_exponent(sigma_rel: float) -> float:
 
 @contextmanager
 def averaged(weights: Iterable[nn.Parameter], ema: EMAModel | None) -> Iterator[None]:
-    """Within the context the weights hold their average; afterwards their own values again, to the bit."""
+    """Within the context the weights are replaced by their average; restored bit-exactly afterwards."""
     if ema is None:
         yield
         return

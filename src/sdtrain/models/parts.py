@@ -18,7 +18,7 @@ from sdtrain.ground.files import read_json
 
 @dataclass
 class Parts:
-    """A whole model, on one device."""
+    """All parts of a model, on one device."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -33,9 +33,9 @@ class Parts:
         return self.unet, self.vae, self.text_encoder
 
     def set_resolution(self, resolution: int) -> None:
-        """Let pipelines draw squares of this size, in px, at which the UNet is trained."""
+        """Set the size, in px, of the squares that pipelines draw: that of the UNet's training."""
         size = resolution // vae_factor(self.vae.config.block_out_channels)
-        # Pipelines reset the size of UNets that Diffusers before 0.9 saved, as SD 1.5's.
+        # Pipelines reset the size of UNets saved by Diffusers before 0.9, such as SD 1.5's.
         self.unet.register_to_config(sample_size=size, _diffusers_version=diffusers.__version__)
 
     def to(self, device: torch.device) -> None:
@@ -57,7 +57,7 @@ def load_parts(folder: Path) -> Parts:
 
 
 def parts_of(pipeline: DiffusionPipeline) -> Parts:
-    """The parts of a loaded pipeline, with its schedule as DDPM."""
+    """The parts of a loaded pipeline, with its scheduler as DDPM."""
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     parts = Parts(pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, scheduler)
     for module in parts.modules():
@@ -80,10 +80,10 @@ class Configs:
 
 
 def read_configs(folder: Path) -> Configs:
-    """The configs of a model's folder.
+    """Read the configs of a model's folder.
 
     Raises:
-        InputError: one isn't there.
+        InputError: one is missing or broken.
     """
     return Configs(*(read_json(folder / part / "config.json") for part in ("unet", "vae", "text_encoder")))
 
@@ -94,7 +94,7 @@ def vae_factor(block_out_channels: Sequence[int]) -> int:
 
 
 def meta_parts(configs: Configs, sample_size: int) -> Parts:
-    """Parts of these configs without weights: on torch's meta device, which allocates and computes nothing."""
+    """Parts with these configs but without weights: on torch's meta device, which allocates and computes nothing."""
     with torch.device("meta"):
         return Parts(
             unet=_frozen(UNet2DConditionModel.from_config({**configs.unet, "sample_size": sample_size})),
@@ -106,7 +106,7 @@ def meta_parts(configs: Configs, sample_size: int) -> Parts:
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:
-    """The UNet whose config and weights lie in `folder` itself."""
+    """The UNet whose config and weights are in `folder` itself."""
     return _frozen(UNet2DConditionModel.from_pretrained(folder, dtype=torch.float32))
 
 
@@ -151,7 +151,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 
 def pick_device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
+    """The accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 

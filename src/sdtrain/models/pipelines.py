@@ -11,7 +11,7 @@ from sdtrain.models.parts import Parts, hide_progress_bars, pick_device
 
 
 def build_pipeline(parts: Parts, scheduler: DDPMScheduler) -> StableDiffusionPipeline:
-    """A pipeline of these parts for DPM-Solver++ on the schedule that the UNet was trained with."""
+    """A pipeline of these parts for DPM-Solver++ on the noise schedule that the UNet was trained on."""
     pipeline = StableDiffusionPipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,
@@ -33,7 +33,7 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
         InputError: the folder isn't a Diffusers model.
     """
     if not (folder / "model_index.json").exists():
-        raise InputError(f"{folder}: not a Diffusers model (it lacks model_index.json)")
+        raise InputError(f"{folder}: not a Diffusers model (it has no model_index.json)")
     hide_progress_bars()
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
@@ -53,7 +53,7 @@ def generate(
     """One image per prompt and seed, RGB, at the UNet's own size.
 
     Each image's noise comes from its own seed, so it doesn't depend on the others or on
-    `batch_size`, and stock Diffusers draws the same with `torch.Generator("cpu").manual_seed(seed)`.
+    `batch_size`, and stock Diffusers draws the same image with `torch.Generator("cpu").manual_seed(seed)`.
     """
     assert len(prompts) == len(seeds), f"{len(prompts)} prompts, {len(seeds)} seeds"
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)

@@ -1,7 +1,7 @@
-"""The structure that all of Stable Diffusion 1.x has, for where a base's own configs can't be had.
+"""The structure of all Stable Diffusion 1.x models, used if a base's own configs aren't available.
 
-From the `config.json` files of stable-diffusion-v1-5/stable-diffusion-v1-5; 1.1 to 1.4 and most fine-tuned models don't
-differ. What isn't named here is as Diffusers' and Transformers' own defaults have it.
+From the `config.json` files of stable-diffusion-v1-5/stable-diffusion-v1-5; 1.1 to 1.4 and most fine-tuned models have
+the same. What isn't listed here has the default of Diffusers or Transformers.
 """
 
 from sdtrain.models.parts import Configs

@@ -1,4 +1,4 @@
-"""Reads params.yaml: YAML 1.2, every fault in one message, before any model loads."""
+"""Reads params.yaml as YAML 1.2, and reports all faults in one message, before any model loads."""
 
 import difflib
 import re
@@ -23,14 +23,14 @@ def load_params(path: Path) -> Params:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml12Loader)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run from the project's root") from None
+        raise InputError(f"{path}: no such file; run the command from the project's root") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
     return check_params(tree, name=str(path))
 
 
 def check_params(tree: object, name: str = "params.yaml") -> Params:
-    """Type and check a tree of params as YAML gives it; raises as `load_params`."""
+    """Parse and check a params tree as loaded from YAML; raises as `load_params`."""
     if not isinstance(tree, dict):
         raise InputError(f"{name}: expected a mapping of sections, got {type(tree).__name__}")
     params, details = None, []

@@ -1,8 +1,8 @@
-"""What `params.yaml` asks of this machine, checked before anything is downloaded or computed.
+"""What `params.yaml` needs of this machine, checked before anything is downloaded or computed.
 
-The stages up to `train` check it, so that the first one that runs refuses a run that couldn't train. Those after it
-don't: a model that was trained elsewhere is exported and sampled anywhere. torch is imported only where a param asks
-something of the device, so that `base` and `dataset` start in a second.
+The stages up to `train` check it, so that a run that couldn't train is refused by the first stage. Later stages don't:
+a model that was trained elsewhere can be exported and sampled anywhere. torch is imported only if a param depends on
+the device, so that `base` and `dataset` start in a second.
 """
 
 import importlib.util
@@ -17,13 +17,13 @@ from sdtrain.params.load import load_params
 from sdtrain.params.schema import Params, TrainParams
 
 _ON_CPU = ("auto", "flash", "math")
-"""PyTorch's attention kernels that a CPU has."""
+"""Attention kernels that PyTorch has for CPUs."""
 _SIXTEEN_BIT = ("flash", "cudnn")
-"""Those that compute in 16 bit only on a CUDA GPU."""
+"""Attention kernels that on a CUDA GPU compute in 16 bit only."""
 
 
 def load_trainable_params(path: Path) -> Params:
-    """Read and check a params file, and that this machine can train by it.
+    """Read and check a params file, and check that this machine can train with it.
 
     Raises:
         InputError: names every fault of the file, or of the machine.
@@ -34,7 +34,7 @@ def load_trainable_params(path: Path) -> Params:
 
 
 def check_machine(params: TrainParams) -> None:
-    """This machine has the processes, the device and the packages that training needs.
+    """Check that this machine has the processes, the device and the packages that training needs.
 
     Raises:
         InputError: one message that names every fault.
@@ -50,7 +50,7 @@ def check_machine(params: TrainParams) -> None:
 
 
 def launch_numbers() -> tuple[int, int]:
-    """Processes per machine and machines, as `NPROC` and `NNODES` ask for them.
+    """Processes per machine, and machines: `NPROC` and `NNODES`.
 
     Raises:
         InputError: one isn't a whole number of 1 or more.
@@ -63,7 +63,7 @@ def launch_numbers() -> tuple[int, int]:
 
 
 def count_processes() -> int:
-    """Processes that train together: `NPROC` × `NNODES`, or what torchrun's `WORLD_SIZE` says where it was used alone.
+    """Processes that train together: `NPROC` × `NNODES`, or torchrun's `WORLD_SIZE` if only that is set.
 
     Raises:
         InputError: `NPROC` or `NNODES` isn't a whole number of 1 or more.
@@ -78,7 +78,7 @@ def count_micro_batches(params: TrainParams, num_processes: int) -> int:
     """Forward passes per process and step.
 
     Raises:
-        InputError: the effective batch can't be split that way.
+        InputError: the effective batch can't be split evenly.
     """
     per_pass = params.micro_batch_size * num_processes
     if params.batch_size % per_pass:
@@ -91,7 +91,7 @@ def count_micro_batches(params: TrainParams, num_processes: int) -> int:
 
 
 def check_processes(params: TrainParams) -> None:
-    """The effective batch can be split among the processes, and each has a GPU of its own where there are any.
+    """Check that the effective batch can be split among the processes, and that there are GPUs for all or none.
 
     Raises:
         InputError: it can't, there are too few GPUs, or `NPROC` or `NNODES` isn't a number.
@@ -103,19 +103,19 @@ def check_processes(params: TrainParams) -> None:
 
         if torch.cuda.is_available() and num_here > torch.cuda.device_count():
             raise InputError(
-                f"NPROC = {num_here}: each process needs a CUDA GPU of its own, and this machine has "
+                f"NPROC = {num_here}: each process needs its own CUDA GPU, and this machine has "
                 f"{torch.cuda.device_count()}; lower NPROC"
             )
 
 
 def check_device(params: TrainParams, device_type: str | None = None) -> None:
-    """The device can do what the params ask of it.
+    """Check that the device supports what the params ask for.
 
     Args:
         device_type: `cuda`, `cpu`, …; by default that of this machine's accelerator, or the CPU.
 
     Raises:
-        InputError: names everything it can't do, and the missing package or compiler.
+        InputError: names everything that it doesn't support, and each missing package or compiler.
     """
     if faults := list(_device_faults(params, device_type)):
         raise InputError("\n".join(faults))
@@ -124,11 +124,11 @@ def check_device(params: TrainParams, device_type: str | None = None) -> None:
 def _device_faults(params: TrainParams, device_type: str | None) -> Iterator[str]:
     if params.compile and not shutil.which(_compiler()):
         yield (
-            f"train.compile = True: torch.compile needs a C++ compiler, and there is no {_compiler()!r}; install it, "
-            "name another one in the environment as CXX, or use false"
+            f"train.compile = True: torch.compile needs a C++ compiler, and {_compiler()!r} wasn't found; install it, "
+            "set CXX to another one in the environment, or use false"
         )
     if (params.precision, params.optimizer, params.attention_backend) == ("fp32", "adamw", "auto"):
-        return  # every device has these, so torch needn't be asked
+        return  # every device has these, so torch needn't be imported
     import torch
 
     device_type = device_type or _device_type()
@@ -153,7 +153,7 @@ def _device_faults(params: TrainParams, device_type: str | None) -> Iterator[str
 
 
 def check_trackers(names: list[str]) -> None:
-    """What the trackers need is installed.
+    """Check that the trackers' packages are installed.
 
     Raises:
         InputError: Weights & Biases isn't.

@@ -1,10 +1,10 @@
-"""What params must fulfil together: each rule finds one fault, or none.
+"""Checks across params: each rule finds one fault, or none.
 
-A rule reads the tree through a `View`, so it is asked even while other fields are faulty, and one
+A rule reads the tree through a `View`, so it can be checked even if other fields are faulty, and one
 message can name every fault.
 
-Where other fields leave a field without effect, it must hold its neutral value: then a value that someone gave is never
-ignored, and yet switching one key of the shipped params.yaml, such as `dataset.source`, doesn't force others.
+A field that has no effect because of other fields must have its neutral value. So no given value is silently ignored,
+and changing one key of the shipped params.yaml, such as `dataset.source`, doesn't force changes of others.
 """
 
 import json
@@ -36,14 +36,14 @@ NEUTRAL = {
     "evaluate.num_inference_steps": 20,
     "evaluate.guidance_scale": 4.0,
 }
-"""What a field holds while it has no effect: what params.yaml ships (but for the prompts, which it uses).
+"""Values of fields without effect: those of the shipped params.yaml (except for the prompts, which it uses).
 
-Null is neutral, too, for every field that may be null, and the only neutral value of one that isn't named here.
+Null is neutral, too, for every field that may be null, and the only neutral value of fields not listed here.
 """
 
 
 class View:
-    """A params tree by attribute, of which only sound fields can be read."""
+    """A params tree by attribute; only valid fields can be read."""
 
     class Faulty(Exception):
         """The field is missing or faulty itself."""
@@ -59,7 +59,7 @@ class View:
         return View(value, self._faulty, place) if isinstance(value, dict) and len(place) == 1 else value
 
     def ask(self, rule: "Rule") -> str | None:
-        """The fault that a rule finds; None where it finds none, or needs a field that is faulty itself."""
+        """The fault that a rule finds; None if it finds none, or needs a field that is faulty itself."""
         try:
             return rule(self)
         except View.Faulty:
@@ -78,7 +78,7 @@ def _hub_needs_repo(section: str) -> Rule:
 
 
 def _source_reads_it(key: str, *sources: str) -> Rule:
-    """The field must be neutral unless its section's source is one of `sources`, which read it."""
+    """The field must be neutral unless its section's source is one of `sources`, those that read it."""
     section, field = key.split(".")
 
     def rule(p: View) -> str | None:
@@ -93,11 +93,11 @@ def _source_reads_it(key: str, *sources: str) -> Rule:
 
 
 Condition = Callable[[View], tuple[str, str] | None]
-"""Finds what leaves a field without effect, and how to end that; None where nothing does."""
+"""Returns why a field has no effect, and how to change that; None if it has one."""
 
 
 def _has_effect(key: str, without: Condition, neutral: str | None = None) -> Rule:
-    """The field must be neutral where the condition leaves it `without` effect; the message advises `neutral`."""
+    """The field must be neutral if the condition `without` applies; the message suggests `neutral`."""
     section, field = key.split(".")
 
     def rule(p: View) -> str | None:
@@ -114,7 +114,7 @@ def _is_neutral(key: str, value: Any) -> bool:
 
 
 def _neutral(key: str) -> str:
-    """The neutral value as YAML has it."""
+    """The neutral value as YAML writes it."""
     value = NEUTRAL.get(key)
     return value if isinstance(value, str) and value[:1].isalpha() else json.dumps(value)
 
@@ -126,17 +126,17 @@ def _generated(p: View) -> tuple[str, str] | None:
 
 def _not_generated(p: View) -> tuple[str, str] | None:
     if p.dataset.source != "generated":
-        return f"dataset.source = {p.dataset.source!r}, where no image is measured", "dataset.source to generated"
+        return f"dataset.source = {p.dataset.source!r}, which has no images to measure", "dataset.source to generated"
 
 
 def _no_trackers(p: View) -> tuple[str, str] | None:
     if not p.train.trackers:
-        return "train.trackers = [], which alone show images", "train.trackers to [tensorboard]"
+        return "train.trackers = []: only trackers show images", "train.trackers to [tensorboard]"
 
 
 def _no_images(p: View) -> tuple[str, str] | None:
     if p.train.trackers and not p.validation.prompts:
-        return "validation.prompts = []", "give that prompts"
+        return "validation.prompts = []", "add prompts there"
     return _no_trackers(p)
 
 
@@ -173,7 +173,7 @@ def _polynomial_falls(p: View) -> str | None:
     if p.train.lr_scheduler == "polynomial" and _reference_batch_is_stated(p) is None:
         lr = scaled_lr(p.train.lr, p.train.lr_scaling, p.train.batch_size, p.train.lr_reference_batch_size)
         if lr <= 1e-7:
-            return f"train.lr = {p.train.lr}: train.lr_scheduler = 'polynomial' falls to 1e-7; take a larger lr"
+            return f"train.lr = {p.train.lr}: train.lr_scheduler = 'polynomial' decays to 1e-7; use a larger lr"
 
 
 def _reference_batch_is_stated(p: View) -> str | None:
@@ -210,8 +210,8 @@ def _step_rules_are_sound(p: View) -> str | None:
 def _terminal_noise_needs_velocity(p: View) -> str | None:
     if p.train.zero_terminal_snr and p.train.prediction_type == "epsilon":
         return (
-            "train.zero_terminal_snr = True: with train.prediction_type = 'epsilon' the last timestep is pure noise "
-            "and predicting it teaches nothing; use 'v_prediction'"
+            "train.zero_terminal_snr = True: with train.prediction_type = 'epsilon' the last timestep is pure noise, "
+            "and nothing is learned from predicting it; use train.prediction_type: v_prediction"
         )
 
 
@@ -233,7 +233,7 @@ def _listed_once(field: str) -> Rule:
     def rule(p: View) -> str | None:
         values = getattr(p.train, field)
         if len(set(values)) < len(values):
-            return f"train.{field} = {values}: names one twice"
+            return f"train.{field} = {values}: lists a value twice"
 
     return rule
 
@@ -254,9 +254,9 @@ def _steps_or_epochs(p: View) -> str | None:
 
 
 def _micro_batch_divides(p: View) -> str | None:
-    micro, whole = p.train.micro_batch_size, p.train.batch_size
-    if whole % micro:
-        return f"train.micro_batch_size = {micro}: must divide train.batch_size = {whole}"
+    micro, effective = p.train.micro_batch_size, p.train.batch_size
+    if effective % micro:
+        return f"train.micro_batch_size = {micro}: must divide train.batch_size = {effective}"
 
 
 def _constant_has_no_warmup(p: View) -> str | None:
@@ -278,7 +278,7 @@ def _patience_can_end(p: View) -> str | None:
     patience, every, steps = p.train.early_stopping_patience, p.validation.every_n_steps, p.train.max_steps
     if patience is None or steps is None:
         return None
-    earliest = (patience + 1) * every  # the first validation may be the best
+    earliest = (patience + 1) * every  # if the first validation is the best
     if earliest >= steps:
         return (
             f"train.early_stopping_patience = {patience}: has no effect with validation.every_n_steps = {every}, as it "
@@ -296,7 +296,7 @@ def _captions_survive_the_flip(p: View) -> str | None:
     if p.dataset.source == "generated" and p.precompute.random_flip:
         return (
             "precompute.random_flip = True: the captions of dataset.source = 'generated' say left and right, "
-            "which a flip makes false; use false"
+            "which is wrong for a flipped image; use false"
         )
 
 

@@ -1,10 +1,10 @@
 """`params.yaml`, typed. Every field is declared, bounded and documented here, and nowhere else.
 
-It holds fields and nothing that computes: `load.py` reads the file, `rules.py` says what fields must fulfil together.
-Code holds no second default: all keys must be present.
+This file has only fields: `load.py` reads the file, `rules.py` has the checks across fields. There are no defaults in
+code: all keys must be present.
 
-A field that says "only" is refused elsewhere unless it is null or as shipped (`NEUTRAL` in `rules.py`): no value that
-someone gave is ignored.
+A field that says "only" must otherwise be null or as shipped (`NEUTRAL` in `rules.py`), so that no given value is
+silently ignored.
 """
 
 from typing import Annotated, Any, Literal
@@ -33,7 +33,7 @@ class BaseParams(Section):
     repo: HubRepo | None
     """Hub repository, `owner/name`, in the Diffusers layout, with safetensors."""
     revision: Text | None
-    """Branch, tag or commit; null is the newest. The commit it stood for is recorded."""
+    """Branch, tag or commit; null is the newest. The commit is recorded."""
     vae_repo: HubRepo | None
     """Take the VAE from this hub repository instead (its root, or its `vae/`)."""
     vae_revision: Text | None
@@ -43,7 +43,7 @@ class BaseParams(Section):
     text_encoder_revision: Text | None
     """Branch, tag or commit of `text_encoder_repo`."""
     unet_config: dict[str, Any] | None
-    """Settings of Diffusers' UNet2DConditionModel: train a UNet of this structure from scratch."""
+    """Config of Diffusers' UNet2DConditionModel: train a UNet of this structure from scratch."""
 
 
 class DatasetParams(Section):
@@ -56,22 +56,22 @@ class DatasetParams(Section):
     repo: HubRepo | None
     """Hub data set, `owner/name`."""
     revision: Text | None
-    """Branch, tag or commit of `repo`; null is the newest. The commit it stood for is recorded."""
+    """Branch, tag or commit of `repo`; null is the newest. The commit is recorded."""
     split: Text
     """`hub` only: the split to read."""
     image_column: Text
     """All but `generated`: column of the image (`jpg`, `png`, … in WebDataset tars; in an image folder `image`, or
-    what stands before `_file_name` in its metadata)."""
+    the part before `_file_name` in its metadata's column name)."""
     caption_column: Text
     """All but `generated`: column of the caption (`txt` in WebDataset tars)."""
     max_train_samples: PositiveInt | None
     """Stop at this many training images, taken in an order drawn from `seed`; null takes all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the images held out, chosen by a hash of their pixels: copies stay on one side."""
+    """Share of the images held out, chosen by a hash of their pixels, so copies stay in one split."""
     alpha_background: Annotated[str, StringConstraints(pattern=r"^#[0-9a-fA-F]{6}$")]
     """All but `generated`: colour behind transparent images, `#rrggbb`."""
     num_workers: NonNegativeInt
-    """Threads that decode and check images; 0 works in the main thread."""
+    """Threads that decode and check images; 0 uses the main thread."""
     num_scenes: PositiveInt
     """`generated` only: how many scenes to draw."""
     new_fraction: Annotated[float, Field(ge=0, le=1)]
@@ -84,10 +84,10 @@ class PrecomputeParams(Section):
     resolution: PositiveInt
     """Images are resized (shorter side) and cropped to this square, in px; a multiple of the VAE's factor."""
     center_crop: bool
-    """true crops the middle; false crops where a draw from (`seed`, image) says, once for all epochs.
+    """true crops the center; false crops at a position drawn from (`seed`, image), the same in all epochs.
     `generated` images are squares already: true only."""
     random_flip: bool
-    """Also cache the flipped image's own encoding; `train` draws one of the two at every visit."""
+    """Also cache the flipped image's own encoding; `train` draws one of the two each time."""
     batch_size: PositiveInt
     """Images per VAE call. Changes speed and memory only."""
 
@@ -100,18 +100,18 @@ class FinetuneParams(Section):
 
 
 MethodParams = FinetuneParams
-"""The section `method`: one of these, told apart by `name`."""
+"""The section `method`: one of these, by `name`."""
 
 
 class TrainParams(Section):
     """The run: steps, optimizer, objective, saving."""
 
     lr: Annotated[float, Field(gt=0)]
-    """Learning rate of AdamW at the scheduler's top, at the batch that `lr_scaling` refers to."""
+    """Peak learning rate of AdamW, at the batch size that `lr_scaling` refers to."""
     lr_scaling: Literal["none", "sqrt", "linear"]
-    """How `lr` follows the effective batch: not, by its root, or in proportion."""
+    """How `lr` scales with the effective batch: not at all, with its square root, or linearly."""
     lr_reference_batch_size: PositiveInt | None
-    """`lr_scaling` only: the effective batch at which `lr` holds as it stands."""
+    """`lr_scaling` only: the effective batch at which `lr` is used unscaled."""
     max_steps: PositiveInt | None
     """Optimizer steps; give this or `max_epochs`."""
     max_epochs: PositiveInt | None
@@ -119,11 +119,11 @@ class TrainParams(Section):
     batch_size: PositiveInt
     """Effective batch: images per optimizer step, whatever the number of processes."""
     micro_batch_size: PositiveInt
-    """Images per forward pass and process; accumulation follows from it and `batch_size`."""
+    """Images per forward pass and process; gradient accumulation follows from it and `batch_size`."""
     precision: Literal["fp32", "bf16", "fp16"]
     """Forward and backward pass; weights, optimizer and EMA stay in fp32."""
     optimizer: Literal["adamw", "adamw_8bit"]
-    """AdamW, fused where the device has it (but under fp16); or bitsandbytes' with 8-bit moments, on a CUDA GPU."""
+    """AdamW, fused where the device has it (except under fp16); or bitsandbytes' with 8-bit moments, on a CUDA GPU."""
     weight_decay: Annotated[float, Field(ge=0)]
     """AdamW's decoupled weight decay."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)]
@@ -138,9 +138,9 @@ class TrainParams(Section):
         "constant", "constant_with_warmup", "piecewise_constant",
         "linear", "cosine", "cosine_with_restarts", "polynomial",
     ]  # fmt: skip
-    """Diffusers' schedule of the learning rate; the second row's fall over the whole run, so they fix its length."""
+    """Diffusers' schedule of the learning rate; those from `linear` on decay over the full run and fix its length."""
     lr_num_cycles: PositiveInt
-    """`cosine_with_restarts` only: how many cosines follow one another; 1 never restarts."""
+    """`cosine_with_restarts` only: number of cosine cycles; 1 never restarts."""
     lr_power: Annotated[float, Field(gt=0)]
     """`polynomial` only: its exponent; 1 is linear."""
     lr_step_rules: Text | None
@@ -150,17 +150,17 @@ class TrainParams(Section):
     gradient_checkpointing: bool
     """Recompute activations in the backward pass: less memory, about a third slower."""
     attention_backend: Literal["auto", "flash", "efficient", "cudnn", "math"]
-    """PyTorch's scaled-dot-product attention in the training passes: the kernel it picks, or this one and no other."""
+    """PyTorch's scaled-dot-product attention in the training passes: the kernel it picks, or only this one."""
     compile: bool
-    """Compile the UNet with torch.compile; needs a C++ compiler, and minutes at the start."""
+    """Compile the UNet with torch.compile; needs a C++ compiler, and takes minutes at the start."""
     deterministic: bool
-    """Ask PyTorch for kernels that give the same bits each time; a resumed run on a GPU needs it to be exact."""
+    """Ask PyTorch for deterministic kernels, which a resumed run on a GPU needs to be bit-exact."""
     prediction_type: Literal["epsilon", "v_prediction"]
     """What the UNet predicts: the noise, or the velocity (Salimans & Ho 2022)."""
     snr_gamma: Annotated[float, Field(gt=0)] | None
-    """Min-SNR weighting with this γ (Hang et al. 2023; 5 is theirs); null weighs all timesteps alike."""
+    """Min-SNR weighting with this γ (Hang et al. 2023; 5 is theirs); null weighs all timesteps equally."""
     zero_terminal_snr: bool
-    """Rescale the noise schedule to pure noise at its end (Lin et al. 2024); needs `v_prediction`."""
+    """Rescale the noise schedule so that it ends in pure noise (Lin et al. 2024); needs `v_prediction`."""
     noise_offset: Annotated[float, Field(ge=0)]
     """Add noise that is constant over a channel, of this strength, to ε, target included; 0.05 to 0.1 is usual."""
     input_perturbation: Annotated[float, Field(ge=0)]
@@ -168,15 +168,15 @@ class TrainParams(Section):
     timestep_sampling: Literal["uniform", "stratified"]
     """Each row's timestep on its own, or one of as many equal strata as the effective batch has rows (2 or more)."""
     caption_dropout: Annotated[float, Field(ge=0, lt=1)]
-    """Share of visits that see the empty caption, which classifier-free guidance needs."""
+    """Share of rows that train with the empty caption, which classifier-free guidance needs."""
     use_ema: bool
-    """Keep an exponential moving average of the weights, too."""
+    """Also keep an exponential moving average of the weights."""
     ema_schedule: Literal["ramp", "warmup", "power_function"]
     """How its decay grows with n steps: (1+n)/(10+n), or 1-(1+n/ema_inv_gamma)^-ema_power, both up to `ema_decay`;
-    or without end as (1-1/n)^(γ+1), where γ follows from `ema_sigma_rel` (Karras et al. 2024). This and the
-    following only with `use_ema`."""
+    or without limit as (1-1/n)^(γ+1), where γ follows from `ema_sigma_rel` (Karras et al. 2024). This and the
+    next four only with `use_ema`."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
-    """`ramp` and `warmup` only: the decay at its longest."""
+    """`ramp` and `warmup` only: the maximum decay."""
     ema_inv_gamma: Annotated[float, Field(gt=0)] | None
     """`warmup` only: stretches the warm-up; 1 is usual."""
     ema_power: Annotated[float, Field(gt=0)] | None
@@ -184,22 +184,22 @@ class TrainParams(Section):
     ema_sigma_rel: Annotated[float, Field(gt=0, lt=0.28)] | None
     """`power_function` only: the averaging profile's width as a share of the run; 0.05 to 0.1 is usual."""
     resume: Literal["auto", "never", "branch"]
-    """`auto` resumes this very run from its saved state where there is one, `never` starts over, `branch` starts from
+    """`auto` resumes this same run from its saved state where there is one, `never` starts over, `branch` starts from
     `branch_from`."""
     branch_from: Text
     """`branch` only: a saved state, a run's folder of them, or a checkpoint. DVC watches it, so it must exist."""
     resume_reset: list[Literal["lr", "scheduler", "optimizer"]]
-    """`branch` only: what isn't taken over from there but starts as this file says."""
+    """`branch` only: what isn't taken over from there, but starts from this file's values."""
     save_every_n_steps: PositiveInt
     """Optimizer steps between saved states; one is also saved at the end and on SIGINT and SIGTERM."""
     num_saved_runs: PositiveInt
-    """Runs whose newest saved states stay on disk, this one included; when a run starts, others are deleted, finished
-    ones first. As many others that aren't finished stay."""
+    """Runs whose newest saved states are kept, this one included; when a run starts, others are deleted, finished
+    ones first. As many unfinished others are kept."""
     num_best_checkpoints: PositiveInt
-    """Checkpoints kept by held-out loss: `best`, `best-2`, …; the `last` comes beside them."""
+    """Checkpoints kept by held-out loss: `best`, `best-2`, …; the `last` is kept as well."""
     early_stopping_patience: PositiveInt | None
     """Stop after this many validations in a row without a new best; null trains to the end. Refused
-    where `max_steps` has room for no stop."""
+    where `max_steps` is too small for it to take effect."""
     log_every_n_steps: PositiveInt
     """Optimizer steps between rows of the training curve."""
     trackers: list[Literal["tensorboard", "wandb"]]
@@ -218,8 +218,8 @@ class ValidationParams(Section):
     batch_size: PositiveInt
     """Noised latents per UNet call. Changes speed and memory only."""
     prompts: list[Text]
-    """Prompts drawn into the trackers at each validation after step 0, the same noise each time; may be empty, and
-    must be without trackers."""
+    """Prompts whose images go to the trackers at each validation after step 0, with the same noise each time; may be
+    empty, and must be empty without trackers."""
     num_inference_steps: PositiveInt
     """With prompts only: DPM-Solver++ steps of these images."""
     guidance_scale: Annotated[float, Field(ge=0)]
@@ -227,7 +227,7 @@ class ValidationParams(Section):
 
 
 class ExportParams(Section):
-    """Which weights become the Diffusers model."""
+    """Which weights are exported as a Diffusers model."""
 
     checkpoint: Literal["best", "last"]
     """`best` by held-out loss (the EMA's where there is one), or the `last`."""
@@ -243,7 +243,7 @@ class SampleParams(Section):
     prompts: Annotated[list[Text], Field(min_length=1)]
     """One row of the grid each."""
     negative_prompt: str
-    """What guidance steers away from; the empty text is the usual one, and the only one without guidance."""
+    """What guidance steers away from; usually empty, and must be empty without guidance."""
     images_per_prompt: PositiveInt
     """Images per prompt and model."""
     num_inference_steps: PositiveInt
@@ -255,7 +255,7 @@ class SampleParams(Section):
 
 
 class EvaluateParams(Section):
-    """Numbers on held-out data."""
+    """Metrics on held-out data."""
 
     num_timesteps: PositiveInt
     """Timesteps at which each held-out image is noised, in the middle of as many equal bins."""
@@ -274,7 +274,7 @@ class EvaluateParams(Section):
 
 
 class Params(Section):
-    """The whole of params.yaml."""
+    """All of params.yaml."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     """Every draw of the pipeline is a function of this, its purpose and place; all seeds share the held-out noise."""

@@ -1,1 +1,1 @@
-"""Commands beside the pipeline."""
+"""Commands outside the pipeline."""

@@ -1,8 +1,8 @@
-"""Overfitting one batch: the first thing to try when a run learns nothing.
+"""Overfits one batch: the first thing to try when a run learns nothing.
 
-The same few rows, with the same noise and timesteps, are trained on again and again. A sound set-up
-drives their loss to nearly nothing in a few hundred steps; one that doesn't has a fault that no
-amount of data mends: the learning rate, the prediction type, the scaling, a UNet that isn't trained.
+The same few rows, with the same noise and timesteps, are trained on repeatedly. A correct set-up
+drives their loss to nearly 0 in a few hundred steps; one that doesn't has a fault that no amount
+of data fixes: the learning rate, the prediction type, the scaling, a UNet that isn't trained.
 """
 
 from dataclasses import replace
@@ -20,13 +20,13 @@ from sdtrain.training.step import optimizer_step
 from sdtrain.training.trainer import build_trainer
 
 _SHARE = 0.1
-"""Of its first value; the loss has to end below that."""
+"""Of the first loss; the last one must be below that."""
 
 
 def overfit_batch(params: Params, files: TrainFiles, num_rows: int, num_steps: int) -> float:
-    """Train on the first `num_rows` rows `num_steps` times at a constant rate; the last loss over the first.
+    """Train on the first `num_rows` rows `num_steps` times at a constant learning rate.
 
-    Prints the loss as it goes, writes nothing.
+    Returns the last loss over the first; prints the loss during training, and writes no files.
 
     Raises:
         InputError: the loss didn't fall below a tenth of its first value.
@@ -62,7 +62,7 @@ def overfit_batch(params: Params, files: TrainFiles, num_rows: int, num_steps: i
 
 
 class _OneBatch:
-    """A BatchMaker's first batch, at every step."""
+    """Returns a BatchMaker's first batch at every step."""
 
     def __init__(self, batches: BatchMaker) -> None:
         self._batches = batches

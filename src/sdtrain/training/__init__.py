@@ -1,1 +1,1 @@
-"""A training run: how it is checked, started, stepped, watched, saved and resumed."""
+"""A training run: checks, start, steps, curves, saved states and resuming."""

@@ -18,7 +18,7 @@ from sdtrain.training.states import Record, check_state, entries_in, load_state,
 
 
 class _CheckpointHead(Record):
-    """What a branch needs of a checkpoint's training_config.json."""
+    """What a branch reads from a checkpoint's training_config.json."""
 
     step: NonNegativeInt
     identity: dict
@@ -35,8 +35,8 @@ class Origin:
     reset: tuple[str, ...]
     is_checkpoint: bool
 
-    def facts(self) -> dict:
-        """What names the origin in the branch's own identity."""
+    def record(self) -> dict:
+        """The origin, as part of the branch's own identity."""
         return {
             "kind": "checkpoint" if self.is_checkpoint else "state",
             "run": fingerprint(self.identity),
@@ -46,7 +46,7 @@ class Origin:
         }
 
     def verify(self) -> None:
-        """Read every file of the origin: it must be what was saved.
+        """Check that every file of the origin is what was saved.
 
         Raises:
             InputError: names the file that is missing or changed.
@@ -58,14 +58,14 @@ class Origin:
                 check_state(self.folder)
         except InputError as fault:
             raise InputError(
-                f"train.branch_from = '{self.folder}': is damaged: {fault}; copy it anew, or name another"
+                f"train.branch_from = '{self.folder}': is damaged: {fault}; copy it again, or choose another"
             ) from None
 
     def check(self, identity: dict) -> str:
-        """Refuse differences that `train.resume_reset` must name; describe the others, which the branch is for.
+        """Check that `train.resume_reset` covers the differences that need it; describes the others.
 
         Raises:
-            InputError: learning rate, schedule or optimizer differ, and aren't reset.
+            InputError: learning rate, schedule or optimizer differ and aren't reset.
         """
         found = differences(self.identity, {**identity, "origin": self.identity.get("origin")})
         for name in _RESETS:
@@ -73,12 +73,12 @@ class Origin:
             if changed and name not in self.reset:
                 raise InputError(
                     f"train.branch_from = '{self.folder}': {describe(changed)}; add {name} to train.resume_reset, "
-                    "or set it back"
+                    "or change it back"
                 )
         return describe(found) or "nothing"
 
     def load(self, method: Method, weights: dict[str, nn.Parameter], ema: EMAModel | None, optimizer: Optimizer) -> int:
-        """Take over what isn't reset; the updates that lie behind."""
+        """Load what isn't reset; returns the number of optimizer updates made so far."""
         if not self.is_checkpoint:
             return load_state(self.folder, weights, ema, None if "optimizer" in self.reset else optimizer).num_updates
         config = _read_config(self.folder)
@@ -99,22 +99,22 @@ _RESETS = {
         "train.optimizer", "train.weight_decay", "train.adam_beta1", "train.adam_beta2", "train.adam_epsilon",
     },
 }  # fmt: skip
-"""What each reset starts afresh, as keys of the identity."""
+"""What each reset starts from scratch, as keys of the identity."""
 
 
 def find_origin(params: TrainParams, out: Path, num_steps: int) -> Origin | None:
-    """What a run with `train.resume: branch` starts from: a state, a run's newest state, or a checkpoint; else None.
+    """The state, a run's newest state, or the checkpoint to branch from; None unless `train.resume` is `branch`.
 
     Raises:
-        InputError: nothing of the kind is there, its head is broken, or nothing would be left to do.
+        InputError: it isn't there, its head is broken, or no steps would be left to train.
     """
     if params.resume != "branch":
         return None
     reset, folder, name = params.resume_reset, Path(params.branch_from), f"train.branch_from = {params.branch_from!r}"
     if folder.absolute().is_relative_to(out.absolute()):
         raise InputError(
-            f"{name}: lies in {out}, which DVC deletes before this stage runs; `dvc checkout`, copy it elsewhere, and "
-            "name the copy; or name a saved state"
+            f"{name}: is in {out}, which DVC deletes before this stage runs; run `dvc checkout`, copy it "
+            "elsewhere and set the copy's path, or use a saved state"
         )
     if not folder.is_dir():
         raise InputError(f"{name}: no such folder; give a saved state or a checkpoint")
@@ -123,22 +123,25 @@ def find_origin(params: TrainParams, out: Path, num_steps: int) -> Origin | None
         if "optimizer" not in reset:
             raise InputError(
                 f"{name}: is a checkpoint, which keeps no optimizer state; add optimizer to train.resume_reset, "
-                "or name a saved state"
+                "or use a saved state"
             )
         origin = Origin(folder, config.step, config.identity, tuple(sorted(reset)), is_checkpoint=True)
     else:
         states = [folder] if (folder / "state.json").exists() else entries_in(folder)
         if not states:
-            raise InputError(f"{name}: holds neither a saved state nor a checkpoint")
+            raise InputError(f"{name}: has neither a saved state nor a checkpoint")
         try:
             head = read_head(states[-1])
         except InputError as fault:
-            raise InputError(f"{name}: is damaged: {fault}; copy it anew, or name another") from None
+            raise InputError(f"{name}: is damaged: {fault}; copy it again, or choose another") from None
         origin = Origin(states[-1], head.step, head.identity, tuple(sorted(reset)), is_checkpoint=False)
     if not (origin.folder / SEAL).is_file():
-        raise InputError(f"{name}: is damaged: {origin.folder / SEAL} is missing; copy it anew, or name another")
+        raise InputError(f"{name}: is damaged: {origin.folder / SEAL} is missing; copy it again, or choose another")
     if origin.step >= num_steps:
-        raise InputError(f"{name}: is at step {origin.step}, and the run ends at {num_steps}; train longer")
+        raise InputError(
+            f"{name}: is at step {origin.step}, and the run ends at {num_steps}; raise train.max_steps "
+            "or train.max_epochs"
+        )
     return origin
 
 

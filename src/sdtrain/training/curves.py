@@ -1,7 +1,7 @@
-"""A run's curves: they are part of its state, because early stopping and the best checkpoints follow from them.
+"""A run's curves: part of its state, because early stopping and the best checkpoints depend on them.
 
-Every optimizer step hands over one small tensor, which stays on the device until the logging interval
-ends; only then, and before a state is saved, is it read.
+Every optimizer step passes one small tensor, which stays on the device until the logging interval ends
+or a state is saved.
 """
 
 import math
@@ -24,30 +24,30 @@ from sdtrain.training.step import QUARTILES, SUMS, StepReport
 _SMOOTHING = 0.99
 """Decay, per optimizer step, of the smoothed loss."""
 _MAX_SKIPPED = 25
-"""Steps in a row: fp16's scale starts at 2¹⁶ and halves at each, so none is left to try."""
-_ADVICE = "lower train.lr, set train.max_grad_norm, or use train.precision: bf16 in place of fp16"
+"""Skipped steps in a row: fp16's scale starts at 2¹⁶ and halves at each, so by then no useful scale is left."""
+_ADVICE = "lower train.lr, set train.max_grad_norm, or use train.precision: bf16 instead of fp16"
 
 
 class Curves:
     """Collects a run's curves.
 
     The training curve's columns, each over the interval since the last row:
-    `loss`, the mean of what is minimised; `loss_smoothed`, its moving average over steps (decay 0.99,
-    without bias to the start); `lr`, the last step's; `grad_norm`, the mean L2 norm of the whole gradient
+    `loss`, the mean of the minimised loss; `loss_smoothed`, its moving average over steps (decay 0.99,
+    bias-corrected); `lr`, the last step's; `grad_norm`, the mean L2 norm of the full gradient
     before clipping, and `grad_norm_clip` after it; `param_norm`, the L2 norm of all trained weights before
-    the interval's last step, and `param_norm_clip` after that step, made with the clipped gradient;
+    the interval's last step, and `param_norm_clip` after that step, which uses the clipped gradient;
     `timestep_mean`, `timestep_std`; `latent_std` of the scaled latents; `noise_std` of the target's noise,
-    offset included; `loss_q1` to `loss_q4`, the loss where the timestep lies in that quarter of the
-    schedule, 1 the cleanest (empty where no row did); and what the method logs, each the mean over rows.
+    offset included; `loss_q1` to `loss_q4`, the loss where the timestep is in that quarter of the
+    schedule, 1 the cleanest (empty where no row did); and the method's logged values, each the mean over rows.
 
-    What was measured with a clock goes into a table of its own, as it is never the same twice:
+    Timings have a table of their own, because they differ from run to run:
     `step_time_ms`, `samples_per_sec`, both without validation and saving; `data_wait`, the share of that time
-    in which the loop waited for its batch; `peak_memory_gib`, of the GPU, or of the process on a CPU;
-    `num_processes` and `micro_batch_size`, with which the interval was trained.
+    spent waiting for the batch; `peak_memory_gib`, of the GPU, or of the process on a CPU;
+    and the interval's `num_processes` and `micro_batch_size`.
 
     Args:
         logged: the method's further columns.
-        restored: what `state` gave when the run was saved.
+        restored: what `state` returned when the run was saved.
     """
 
     def __init__(
@@ -83,15 +83,15 @@ class Curves:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps noted so far."""
+        """Optimizer steps added so far."""
         return self._flushed_step + len(self._skipped)
 
     def start(self, step: int, param_norm: float) -> None:
-        """Begin without earlier rows after `step` steps, with weights of this L2 norm."""
+        """Start without earlier rows after `step` steps, with weights of this L2 norm."""
         self._flushed_step, self._param_norm = step, param_norm
 
     def add_step(self, report: StepReport) -> None:
-        """Note one optimizer step, without reading anything off the device.
+        """Add one optimizer step, without reading anything from the device.
 
         Raises:
             InputError: too many steps in a row were skipped.
@@ -112,7 +112,7 @@ class Curves:
         self._num_timed += 1
 
     def flush(self) -> dict | None:
-        """End the interval: add a row of its means, and return it with its speed; None if no step was made in it.
+        """End the interval: add a row of its means and return it with its speed; None if it has no step.
 
         Raises:
             InputError: a loss or gradient of the interval isn't finite.
@@ -177,7 +177,7 @@ class Curves:
         }
 
     def add_validation(self, step: int, timesteps: list[int], losses: dict[str, list[float]]) -> dict:
-        """Note the held-out loss at `timesteps` by kind of weights (`raw`, `ema`); the row.
+        """Add the held-out loss at `timesteps` by kind of weights (`raw`, `ema`); returns the row.
 
         Raises:
             InputError: a loss isn't finite.
@@ -200,11 +200,11 @@ class Curves:
         return {kind: row[f"loss_{kind}"] for kind in ("raw", "ema") if f"loss_{kind}" in row}
 
     def restart_clock(self) -> None:
-        """Leave out of the speed what passed since the interval's first step: a validation, or a save."""
+        """Exclude the time so far from the interval's speed: a validation, or a save."""
         self._interval_start, self._data_wait_s, self._num_timed = time.perf_counter(), 0.0, 0
 
     def state(self) -> dict:
-        """All that a resumed run's curves need, as JSON.
+        """What a resumed run's curves need, as JSON.
 
         Raises:
             InputError: a loss or gradient since the last row isn't finite.
@@ -245,7 +245,7 @@ class Curves:
                         f"the {what} stopped being finite between steps {step} and {step + 1}; "
                         f"{self.last_good}: {_ADVICE}"
                     )
-        # A skipped step's sums and gradient aren't finite, and count nowhere; its weights, the last column, stand.
+        # A skipped step's sums and gradient aren't finite and don't count; its weights' norm, the last column, does.
         self._read[np.array(self._skipped, dtype=bool), :-1] = 0
         return self._read
 

@@ -20,11 +20,11 @@ _BACKENDS = {
 
 
 def build_accelerator(params: TrainParams) -> Accelerator:
-    """Devices, processes and precision, once their number is what the environment asked for.
+    """Set up devices, processes and precision; checks that there are as many processes as the environment asks for.
 
     Raises:
-        InputError: a param asks for what the machine can't do; another number of processes than `NPROC` and
-            `NNODES` say, or `accelerate launch` doesn't say it.
+        InputError: the machine doesn't support a param; the number of processes doesn't match `NPROC` and
+            `NNODES`, or was set with `accelerate launch`, which doesn't pass it on.
     """
     check_device(params)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
@@ -32,12 +32,12 @@ def build_accelerator(params: TrainParams) -> Accelerator:
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing reads such memory
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
         raise InputError(
-            "`accelerate launch` doesn't tell how many processes it was asked for, and on CPUs it starts one whatever "
-            "that was; start the run as `NPROC=… python -m stages.train`, or with torchrun"
+            "`accelerate launch` doesn't pass on how many processes it was asked for, and on CPUs always starts "
+            "one; start the run as `NPROC=… python -m stages.train`, or with torchrun"
         )
     accelerator = Accelerator(
         mixed_precision="no" if params.precision == "fp32" else params.precision,
-        cpu=not torch.accelerator.is_available(),  # Accelerate joins processes on CPUs only where it is told so
+        cpu=not torch.accelerator.is_available(),  # Accelerate joins processes on CPUs only with this flag
     )
     expected = count_processes()
     if accelerator.num_processes != expected:

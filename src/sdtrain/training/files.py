@@ -1,4 +1,4 @@
-"""The places that a training run reads and writes."""
+"""The paths that a training run reads and writes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,4 +23,4 @@ class TrainFiles:
     runs: Path
     """The trackers' files."""
     states: Path
-    """Saved states: no out, because DVC deletes outs before a stage runs."""
+    """Saved states; not an out, because DVC deletes outs before a stage runs."""

@@ -17,17 +17,17 @@ from sdtrain.training.optimizer import OPEN_ENDED
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "safetensors")
 _CONTINUATION = {"resume", "resume_reset", "save_every_n_steps", "num_saved_runs", "trackers"}
-"""How a run is saved, resumed and watched: never what it computes."""
+"""How a run is saved, resumed and tracked: none of it changes what it computes."""
 _SPLIT = {"micro_batch_size", "gradient_checkpointing"}
-"""How the same sums are cut up; they change rounding, and a run may move from one machine to another."""
+"""How the same sums are split; they change rounding only, and a run may move to another machine."""
 _LENGTH = {"max_steps", "max_epochs"}
-"""Stand in `num_steps`, where the learning rate's schedule depends on it."""
+"""Covered by `num_steps`, if the learning rate's schedule depends on it."""
 _IMAGES = {"prompts", "num_inference_steps", "guidance_scale", "batch_size"}
-"""Drawn beside the run; and the split of the held-out loss."""
+"""Settings of the images drawn during training, and the batches of the held-out loss."""
 
 
 _NOT_COMPUTING = ("sdtrain", "sdtrain.ground.errors", "sdtrain.methods", "sdtrain.params*")
-"""The version; the exception; the table of all methods; and the schema of params, whose values are in the identity."""
+"""The version; the exceptions; the table of all methods; and the params' schema, whose values are in the identity."""
 
 
 def training_identity(params: Params, files: TrainFiles, num_steps: int, origin: dict | None) -> dict:
@@ -85,7 +85,7 @@ def describe(found: dict[str, tuple]) -> str:
 def code_hashes(method_name: str) -> dict[str, str]:
     """SHA-256 of the modules that compute: the step, the held-out loss, this method, and all that they import.
 
-    What checks, saves and talks isn't among them: a new wording makes no other run.
+    Modules that only check, save or print aren't among them: a new wording doesn't make another run.
 
     Raises:
         ImportError: one of them imports a module of this package that can't be found.
@@ -103,7 +103,7 @@ def _module_name(file: Path) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries whose arithmetic a run rests on."""
+    """Versions of the libraries whose arithmetic a run depends on."""
     return {name: version(name) for name in _LIBRARIES}
 
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, noted while a run works, so that it can end its step and save."""
+"""Catches SIGINT and SIGTERM, so that a run can finish its step and save."""
 
 import os
 import signal
@@ -12,15 +12,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """The signal that asked a run to stop, once all of its processes know of it."""
+    """The signal that asked a run to stop, agreed on by all of its processes."""
 
     def __init__(self, num_processes: int) -> None:
         self._signal = 0
-        # Over CPU memory, so that asking never waits for the device.
+        # On the CPU, so that `asked` never waits for the device.
         self._group = dist.new_group(backend="gloo") if num_processes > 1 else None
 
     def asked(self) -> int:
-        """The signal's number, 0 while there is none; the same answer in every process."""
+        """The signal's number, 0 if there is none; the same in every process."""
         if self._group is None:
             return self._signal
         answer = torch.tensor(self._signal)
@@ -29,7 +29,7 @@ class Interruption:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Note the signals within the context instead of ending the process, however many come."""
+        """Within the context signals are recorded and don't end the process, however many come."""
         before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         try:
             yield

@@ -1,8 +1,8 @@
-"""What a training run needs in memory and on disk, known before it starts: nothing is allocated or computed.
+"""What a training run needs in memory and on disk, estimated without allocating or computing anything.
 
 Weights and the states of optimizer and EMA are counted. Activations are measured: one micro-batch goes
 forward and backward through the method's loss passes on torch's meta device, whose tensors have a shape, a dtype
-and a lifetime but no data, while the bytes alive at the same time are added up.
+and a lifetime but no data, while the bytes alive at the same time are summed.
 """
 
 import math
@@ -34,50 +34,50 @@ _IN_FP32 = frozenset({F.layer_norm, F.group_norm, F.interpolate})
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes of one process; with several, DDP holds the gradients once more, in buckets."""
+    """Bytes of one process; with several, DDP holds a second copy of the gradients, in buckets."""
 
     num_parameters: int
-    """What trains."""
+    """Trained ones only."""
     weights_bytes: int
-    """Of what trains."""
+    """Trained weights only."""
     gradients_bytes: int
     optimizer_bytes: int
     ema_bytes: int
     frozen_bytes: int
-    """All other weights: the VAE, the text encoder, and what the method leaves of the UNet."""
+    """All other weights: the VAE, the text encoder, and the UNet's untrained ones."""
     activations_bytes: int
-    """The most that forward and backward pass of one micro-batch hold beside all the above."""
+    """Peak of the forward and backward pass of one micro-batch, on top of all the above."""
 
     @property
     def lasting_bytes(self) -> int:
-        """What is held from the first step to the last, whatever the batch."""
+        """Memory held from the first step to the last, whatever the batch."""
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.ema_bytes + self.frozen_bytes
 
     @property
     def memory_bytes(self) -> int:
-        """The peak: in the backward pass with all gradients there (as in gradient accumulation), or in the EMA's
-        step, which holds one more copy of the weights for a moment.
+        """The peak: in the backward pass with all gradients present (as in gradient accumulation), or in the EMA's
+        step, which temporarily holds one more copy of the weights.
         """
         return self.lasting_bytes + max(self.activations_bytes, self.ema_bytes)
 
     @property
     def state_bytes(self) -> int:
-        """On disk: what training needs to resume."""
+        """Size on disk of a saved state."""
         return self.checkpoint_bytes + self.optimizer_bytes
 
     @property
     def checkpoint_bytes(self) -> int:
-        """On disk: the raw weights and their EMA."""
+        """Size on disk of the raw weights and their EMA."""
         return self.weights_bytes + self.ema_bytes
 
 
 def training_costs(configs: Configs, method: Section, train: TrainParams, latent_shape: tuple[int, int, int]) -> Costs:
     """Estimate what training costs; takes about a second for Stable Diffusion 1.5.
 
-    Activations are a GPU's: CUDA's autocast, whose 16-bit copies of the weights can make 16 bit the larger
-    choice at small batches, and fused attention, which keeps no attention matrix (the `math` kernel does).
-    Held against PyTorch's profiler on a CPU: fp32 within 2 %, but for some MiB of buffers inside kernels; bf16
-    up to 25 % too high, because the CPU's autocast leaves norms in bf16. No GPU has been measured. Left out are
+    Activations are those of a GPU: CUDA's autocast, whose 16-bit copies of the weights can make 16 bit need
+    more memory at small batches, and fused attention, which keeps no attention matrix (the `math` kernel does).
+    Compared with PyTorch's profiler on a CPU: fp32 within 2 %, except for some MiB of buffers inside kernels; bf16
+    up to 25 % too high, because the CPU's autocast leaves norms in bf16. No GPU has been measured. Not included are
     the CUDA context, cuDNN's and cuBLAS's workspaces, the allocator's rounding and fragmentation,
     torch.compile, and validation with its images.
 
@@ -137,8 +137,8 @@ def _activations_bytes(
     dtype: torch.dtype | None,
     gradient_checkpointing: bool,
 ) -> int:
-    """Peak bytes of one pass forward and backward beside the modules' weights and gradients; all on the meta device."""
-    if gradient_checkpointing:  # as Diffusers does it, and each segment is recomputed under autocast
+    """Peak bytes of a forward and backward pass besides the modules' weights and gradients; all on the meta device."""
+    if gradient_checkpointing:  # as Diffusers does it, with each segment recomputed under autocast
         recompute = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), _GpuKernels(dtype)))
         enable_gradient_checkpointing(modules, recompute)
     weights = [p for module in modules for p in (*module.parameters(), *module.buffers())]
@@ -158,14 +158,14 @@ def _activations_bytes(
 class _GpuKernels(TorchFunctionMode):
     """Autocast to `dtype` (None: no autocast) and fused attention, as on a GPU, for the meta device.
 
-    `torch.autocast` doesn't act on meta tensors, and their attention would take the path that keeps the whole
+    `torch.autocast` doesn't act on meta tensors, and their attention would take the path that keeps the full
     attention matrix. The memory-efficient kernel keeps q, k, v, its output and a logsumexp, as flash attention does.
     """
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
         self._dtype = dtype
-        self._weight_copies: list[Tensor] = []  # autocast's cache, which lives as long as it
+        self._weight_copies: list[Tensor] = []  # autocast's cache, with the same lifetime
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
@@ -188,7 +188,7 @@ class _GpuKernels(TorchFunctionMode):
 
 
 class _LiveBytes(TorchDispatchMode):
-    """The peak of the bytes alive together of all storages that operations create; those of `lasting` don't count."""
+    """Peak of the bytes alive at the same time in storages that operations create, without those of `lasting`."""
 
     def __init__(self, lasting: list[Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate's schedule, and how many steps and passes a run makes."""
+"""The optimizer, its learning rate's schedule, and the number of steps."""
 
 import math
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from sdtrain.ground.schedules import scaled_lr
 from sdtrain.params.schema import TrainParams
 
 OPEN_ENDED = ("constant", "constant_with_warmup", "piecewise_constant")
-"""Schedules whose rate at a step doesn't depend on the run's length, so that a run can be extended."""
+"""Schedules whose rate at a step doesn't depend on the run's length, so a run can be extended."""
 
 _FUSED = ("cuda", "cpu", "mps", "xpu")
 """Devices for which PyTorch has a fused AdamW."""
@@ -29,7 +29,7 @@ def build_optimizer(weights: Iterable[nn.Parameter], params: TrainParams, device
         "weight_decay": params.weight_decay,
     }
     if params.optimizer == "adamw":
-        # Under fp16's loss scaling the fused kernel skips a step without telling, and the schedule must know.
+        # Under fp16's loss scaling the fused kernel doesn't report a skipped step, which the schedule must know.
         fused = device.type in _FUSED and params.precision != "fp16"
         return torch.optim.AdamW(weights, **settings, fused=fused)
     from bitsandbytes.optim import AdamW8bit
@@ -38,8 +38,8 @@ def build_optimizer(weights: Iterable[nn.Parameter], params: TrainParams, device
 
 
 def build_lr_scheduler(optimizer: Optimizer, params: TrainParams, num_steps: int, num_done: int) -> LRScheduler:
-    """Diffusers' schedule of `num_steps`, of which `num_done` lie behind."""
-    if num_done:  # torch then wants to know the rate at the schedule's top
+    """Diffusers' schedule over `num_steps`, of which `num_done` are done."""
+    if num_done:  # torch then needs the schedule's peak rate
         for group in optimizer.param_groups:
             group["initial_lr"] = peak_lr(params)
     return get_scheduler(
@@ -55,17 +55,17 @@ def build_lr_scheduler(optimizer: Optimizer, params: TrainParams, num_steps: int
 
 
 def peak_lr(params: TrainParams) -> float:
-    """The learning rate at the scheduler's top."""
+    """The scheduler's peak learning rate."""
     return scaled_lr(params.lr, params.lr_scaling, params.batch_size, params.lr_reference_batch_size)
 
 
 def count_steps(params: TrainParams, num_train: int) -> int:
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the full run."""
     return params.max_steps or math.ceil(params.max_epochs * num_train / params.batch_size)
 
 
 def check_warmup(params: TrainParams, num_steps: int) -> None:
-    """The warm-up ends before the schedule's `num_steps` do.
+    """Check that the warm-up ends before the schedule's `num_steps`.
 
     Raises:
         InputError: it doesn't.

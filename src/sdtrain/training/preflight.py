@@ -1,4 +1,4 @@
-"""What is looked at before the first step, so that hours aren't spent on a run that can't come out right."""
+"""Checks before the first step, so that hours aren't spent on a run that can't succeed."""
 
 import shutil
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ from sdtrain.params.schema import Params, PrecomputeParams
 from sdtrain.training.memory import Costs, training_costs
 
 _STD_RANGE = (0.4, 2.5)
-"""Of scaled latents. The scaling factor makes it about 1; none at all gives about 5.5 for SD's, twice gives 0.18."""
+"""Of scaled latents: about 1 if scaled once; with SD's factor about 5.5 if unscaled, and 0.18 if scaled twice."""
 _MIN_PSNR_DB = 12.0
-"""Of the VAE's round trip. A sound VAE reaches 20 and more; a constant grey image about 10."""
+"""Of the VAE's round trip. A good VAE reaches 20 or more; a constant grey image about 10."""
 _MAX_CACHE_ERROR = 0.05
-"""Relative L2 distance of cached and fresh means; float16 storage and another device's kernels stay far below."""
+"""Relative L2 distance of cached and recomputed means; float16 storage and another device's kernels are far below."""
 
 MAX_STATES = 3
-"""Saved states of a run on the disk at once: two are kept, and the next one is written before the older goes."""
+"""Saved states of a run on disk at once: two are kept, and the next is written before the older one is deleted."""
 
 
 def estimate_costs(params: Params, base: Path, latent_shape: tuple[int, int, int]) -> Costs:
-    """What training on this base needs.
+    """Estimate what training on this base needs.
 
     Raises:
         InputError: a config of the base isn't there.
@@ -38,7 +38,7 @@ def estimate_costs(params: Params, base: Path, latent_shape: tuple[int, int, int
 
 
 def check_cache(manifest: LatentsManifest, precompute: PrecomputeParams, seed: int, latents: Path) -> None:
-    """The latent cache was made with these params.
+    """Check that the latent cache was made with these params.
 
     Raises:
         InputError: names what differs.
@@ -55,28 +55,28 @@ def check_cache(manifest: LatentsManifest, precompute: PrecomputeParams, seed: i
 
 
 def check_tokens(manifest: LatentsManifest, vocabulary_size: int, latents: Path) -> None:
-    """No token id lies outside the text encoder's vocabulary.
+    """Check that all token ids are in the text encoder's vocabulary.
 
     Raises:
-        InputError: gives the largest id and the vocabulary's size.
+        InputError: names the largest id and the vocabulary's size.
     """
     if manifest.max_token_id >= vocabulary_size:
         raise InputError(
-            f"{latents} holds token id {manifest.max_token_id}, the text encoder knows 0 to {vocabulary_size - 1}: "
-            "tokenizer and text encoder don't belong together; set base.text_encoder_repo, then `dvc repro`"
+            f"{latents} has token id {manifest.max_token_id}, but the text encoder knows 0 to {vocabulary_size - 1}: "
+            "tokenizer and text encoder don't match; set base.text_encoder_repo, then run `dvc repro`"
         )
 
 
 def check_latents(batch: Tensor) -> float:
-    """Latents as the UNet gets them, [B, C, h, w], vary by about 1; their standard deviation.
+    """Check that scaled latents, [B, C, h, w], have a standard deviation of about 1; returns it.
 
     Raises:
-        InputError: they don't, as where the VAE's scaling factor was left out or applied twice.
+        InputError: they don't, e.g. because the VAE's scaling factor wasn't applied, or was applied twice.
     """
     std = batch.std().item()
     if not _STD_RANGE[0] < std < _STD_RANGE[1]:
         raise InputError(
-            f"the scaled latents' standard deviation is {std:.3f}, which should be about 1 (accepted: "
+            f"the scaled latents' standard deviation is {std:.3f}, expected about 1 (accepted: "
             f"{_STD_RANGE[0]} to {_STD_RANGE[1]}): the VAE's scaling_factor is wrong, or was applied twice or not at "
             "all; check vae/config.json of the base"
         )
@@ -85,12 +85,12 @@ def check_latents(batch: Tensor) -> float:
 
 @torch.no_grad()
 def check_vae(vae: AutoencoderKL, shards: LatentShards, latents: Path) -> float:
-    """The VAE encodes the cache's probe images to what is cached, unscaled, and decodes that to the images.
+    """Check that the VAE reproduces the cache of the probe images, unscaled, and decodes it back to the images.
 
     Returns the round trip's PSNR in dB, over pixels in -1..1.
 
     Raises:
-        InputError: the cache is scaled or of another VAE, or the round trip loses the image.
+        InputError: the cache is scaled or made by another VAE, or the round trip loses the image.
     """
     pixels = read_probe(latents).to(vae.device)
     cached = torch.stack([shards.read(row, "mean")["mean"] for row in range(len(pixels))]).to(vae.device)
@@ -99,29 +99,30 @@ def check_vae(vae: AutoencoderKL, shards: LatentShards, latents: Path) -> float:
     if not error < _MAX_CACHE_ERROR:
         factor = ((cached * fresh).sum() / fresh.square().sum()).item()
         raise InputError(
-            f"{latents}: the VAE of data/base encodes its probe images otherwise than they are cached (relative "
-            f"error {error:.2f}; the cache is {factor:.3f} times that, and it must be unscaled, the scaling factor is "
+            f"{latents}: doesn't match what the VAE of data/base encodes for the probe images (relative error "
+            f"{error:.2f}; the cache is {factor:.3f} times that, expected 1: unscaled, without the scaling factor "
             f"{vae.config.scaling_factor}); run `dvc repro --force precompute`"
         )
     psnr = (10 * torch.log10(4 / (vae.decode(cached).sample.clamp(-1, 1) - pixels).square().mean())).item()
     if not psnr > _MIN_PSNR_DB:
         raise InputError(
-            f"the VAE's round trip keeps {psnr:.1f} dB of the probe images, at least {_MIN_PSNR_DB:.0f} are needed: "
-            "what it can't draw, no UNet can; take another VAE (base.vae_repo) or a larger precompute.resolution"
+            f"the VAE's round trip has a PSNR of {psnr:.1f} dB on the probe images, expected at least "
+            f"{_MIN_PSNR_DB:.0f}: no UNet can draw what the VAE loses; use another VAE (base.vae_repo) or a larger "
+            "precompute.resolution"
         )
     return psnr
 
 
 def check_base_loss(losses: dict[str, float], prediction_type: str, from_scratch: bool) -> None:
-    """The base UNet predicts held-out noise, unless it has never been trained.
+    """Check that the base UNet predicts held-out noise, unless it has never been trained.
 
     Args:
         losses: held-out loss with the UNet's output read as each prediction type.
         prediction_type: what the base's scheduler says that the UNet predicts.
 
     Raises:
-        InputError: the loss is 1 or more, that of predicting zero; or less than half of it if the output is
-            read as something else than the scheduler says.
+        InputError: the loss is 1 or more, that of predicting zero; or it is less than half with another
+            prediction type than the scheduler's.
     """
     if from_scratch:
         return
@@ -129,18 +130,18 @@ def check_base_loss(losses: dict[str, float], prediction_type: str, from_scratch
     if losses[other] < loss / 2:
         raise InputError(
             f"the base's held-out loss is {loss:.3f} as its scheduler_config.json says, with prediction_type "
-            f"{prediction_type!r}, but {losses[other]:.3f} with {other!r}, which it must predict; mend the file"
+            f"{prediction_type!r}, but {losses[other]:.3f} with {other!r}; fix prediction_type in that file"
         )
     if not loss < 1:
         raise InputError(
-            f"the base's held-out loss is {loss:.3f}, a trained UNet's lies below 1 (predicting nothing gives 1); its "
-            "VAE may not be the UNet's own, or the UNet isn't trained"
+            f"the base's held-out loss is {loss:.3f}, expected below 1 (predicting zero gives 1); "
+            "the VAE may not be the UNet's own, or the UNet isn't trained"
         )
 
 
 @dataclass(frozen=True)
 class DiskNeeds:
-    """What a run writes, at the moment when it is most."""
+    """Peak size of what a run writes."""
 
     states_bytes: int
     """In the folder of saved states, the best checkpoints so far included."""
@@ -149,10 +150,10 @@ class DiskNeeds:
 
 
 def disk_needs(costs: Costs, num_best: int) -> DiskNeeds:
-    """What a run of these costs writes that keeps so many best checkpoints.
+    """Disk space of a run of these costs with `num_best` best checkpoints.
 
-    Beside the states lie the best checkpoints, one that only the older state still refers to, and one that is being
-    written: more where a run validates more often than it saves.
+    Counted with the states: the best checkpoints, one that only the older state refers to, and one being written.
+    There can be more if a run validates more often than it saves.
     """
     states_bytes = MAX_STATES * costs.state_bytes + (num_best + 2) * costs.checkpoint_bytes
     return DiskNeeds(states_bytes, (num_best + 1) * costs.checkpoint_bytes)
@@ -162,10 +163,10 @@ def check_disk(costs: Costs, num_best: int, states: Path, out: Path, saved_bytes
     """Check that saved states and checkpoints will fit on the disk.
 
     Args:
-        saved_bytes: what this run takes in `states` already.
+        saved_bytes: what this run already uses in `states`.
 
     Raises:
-        InputError: gives what is needed and what is free.
+        InputError: names the needed and the free space.
     """
     needed = disk_needs(costs, num_best)
     by_disk: dict[int, int] = {}
@@ -177,15 +178,15 @@ def check_disk(costs: Costs, num_best: int, states: Path, out: Path, saved_bytes
         if by_disk[device] > free:
             raise InputError(
                 f"{place} has {free / 2**30:.1f} GiB free, saved states and checkpoints need "
-                f"{by_disk[device] / 2**30:.1f} GiB; free some (states of other runs lie in {states})"
+                f"{by_disk[device] / 2**30:.1f} GiB; free some space (saved states of other runs are in {states})"
             )
 
 
 def check_memory(costs: Costs, device: torch.device) -> None:
-    """Weights, gradients and optimizer fit into the device's memory, whatever the batch.
+    """Check that weights, gradients and optimizer fit into the device's memory; warns if the batch doesn't.
 
     Raises:
-        InputError: gives the estimate and the memory there is.
+        InputError: names the estimate and the device's memory.
     """
     total = total_memory_bytes(device)
     if costs.lasting_bytes > total:
@@ -201,7 +202,7 @@ def check_memory(costs: Costs, device: torch.device) -> None:
 
 
 def total_memory_bytes(device: torch.device) -> int:
-    """Of the GPU, or of the machine."""
+    """Memory of the GPU, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total

@@ -1,4 +1,4 @@
-"""How a run starts: afresh, resumed from its own saved state, or as a branch of another's; checked before step 1."""
+"""Starts a run, after all checks: from scratch, from its own saved state, or as a branch of another run."""
 
 import os
 from dataclasses import dataclass
@@ -47,18 +47,18 @@ class Run:
     first_step: int
     """Optimizer steps made already."""
     best: list[Candidate]
-    """The best checkpoints, which lie in `store.checkpoints`, by rising loss."""
+    """The best checkpoints, stored at `store.checkpoint(step)`, by rising loss."""
     name: str
     trained_with: dict
-    """The whole params tree with which the run was last trained."""
+    """All params that the run was last trained with."""
 
     def has_stalled(self) -> bool:
-        """Whether early stopping's patience is at its end."""
+        """Whether early stopping's patience has run out."""
         validated = [row["step"] for row in self.curves.validation_rows]
         return has_stalled(self.best, validated, self.spec.params.train.early_stopping_patience)
 
-    def state(self) -> dict:
-        """What a saved state holds beside tensors, as JSON; every process must ask."""
+    def head_fields(self) -> dict:
+        """The run's fields of a `StateHead`, as JSON; every process must call it."""
         scaler, ema = self.trainer.accelerator.scaler, self.trainer.ema
         return {
             "log": self.curves.state(),
@@ -78,11 +78,11 @@ class Run:
             "step": step,
             "validation_loss": self.curves.validation_losses(step),
             "ema_step": ema.optimization_step if ema else None,
-            **self.facts(),
+            **self.provenance(),
         }
 
-    def facts(self) -> dict:
-        """What every checkpoint's training_config.json says of the run."""
+    def provenance(self) -> dict:
+        """What the training_config.json of each checkpoint says about the run."""
         return {
             "fingerprint": self.spec.fingerprint,
             "identity": self.spec.identity,
@@ -95,10 +95,10 @@ class Run:
 
 
 def start_run(params: Params, files: TrainFiles) -> Run:
-    """Check everything, take the run's lock, and bring it to the step that it continues from.
+    """Check everything, lock the run, and restore it to the step that it starts from.
 
     Raises:
-        InputError: something isn't as it must be; names it.
+        InputError: a check fails; names what is wrong.
     """
     spec = read_spec(params, files)
     check_trackers(params.train.trackers)
@@ -135,7 +135,7 @@ def start_run(params: Params, files: TrainFiles) -> Run:
 
 
 def held_out_losses(trainer: Trainer, held_out: HeldOut, scheduler: SchedulerMixin) -> list[float]:
-    """Mean held-out loss at each timestep of the weights as they are, computed by all processes together."""
+    """Mean held-out loss at each timestep of the current weights, computed by all processes together."""
     with trainer.accelerator.autocast():
         losses = held_out.losses(trainer.method, scheduler, trainer.share)
     return trainer.accelerator.reduce(losses, "sum").mean(dim=0).tolist()
@@ -159,7 +159,7 @@ def _held_out_shards(spec: RunSpec) -> LatentShards:
 
 
 def _check(spec: RunSpec, trainer: Trainer, store: StateStore) -> Costs:
-    """Check all that can be checked before the first step; make room for saved states. What the run needs."""
+    """Make the checks before the first step, and make room for saved states; returns what the run needs."""
     train, files, accelerator = spec.params.train, spec.files, trainer.accelerator
     costs = preflight.estimate_costs(spec.params, files.base, spec.cache.shape)
     preflight.check_tokens(spec.cache, trainer.parts.text_encoder.config.vocab_size, files.latents)
@@ -175,8 +175,8 @@ def _check(spec: RunSpec, trainer: Trainer, store: StateStore) -> Costs:
     base_type, own_type = trainer.parts.scheduler.config.prediction_type, train.prediction_type
     if base_type != own_type:
         print(
-            f"train.prediction_type = {own_type!r}, the base predicts {base_type!r}: the model learns to predict "
-            "something else than it does"
+            f"train.prediction_type = {own_type!r}, the base predicts {base_type!r}: the model has to learn "
+            "another prediction type"
         )
     print(
         f"run {store.fingerprint}: latents' std {std:.2f}, VAE round trip {psnr:.1f} dB, "
@@ -186,7 +186,7 @@ def _check(spec: RunSpec, trainer: Trainer, store: StateStore) -> Costs:
 
 
 def _agreed_state(store: StateStore, num_steps: int, accelerator: Accelerator) -> Path | None:
-    """The sound state that the main process found, once every process sees it."""
+    """The undamaged state that the main process found; checks that every process sees it."""
     accelerator.wait_for_everyone()
     found = store.newest_sound(num_steps) if accelerator.is_main_process else None
     (name,) = broadcast_object_list([found and found.name])
@@ -194,12 +194,14 @@ def _agreed_state(store: StateStore, num_steps: int, accelerator: Accelerator) -
     if path is None:
         return None
     if not (path / "state.json").exists():
-        raise InputError(f"{path}: the main process sees this state, this one doesn't; share the project's folder")
+        raise InputError(
+            f"{path}: the main process sees this state, this one doesn't; put the project in a shared folder"
+        )
     return path
 
 
 def _restore(spec: RunSpec, trainer: Trainer, saved: Path) -> StateHead:
-    """Take over the run's own saved state."""
+    """Load the run's own saved state."""
     head = load_state(saved, trainer.weights, trainer.ema, trainer.optimizer)
     if trainer.accelerator.scaler and head.scaler:
         trainer.accelerator.scaler.load_state_dict(head.scaler)
@@ -208,7 +210,7 @@ def _restore(spec: RunSpec, trainer: Trainer, saved: Path) -> StateHead:
 
 
 def _branch(spec: RunSpec, trainer: Trainer) -> int:
-    """Take over what the origin, if there is one, keeps and isn't reset; the schedule's steps that lie behind."""
+    """Load what the origin, if any, has and isn't reset; returns the schedule's steps that are done."""
     origin = spec.origin
     if origin is None:
         return 0
@@ -220,7 +222,7 @@ def _branch(spec: RunSpec, trainer: Trainer) -> int:
 
 
 def _check_base(spec: RunSpec, trainer: Trainer, held_out: HeldOut) -> list[float]:
-    """The base's held-out loss at each timestep, once it is what a trained UNet's is."""
+    """Check the base's held-out loss; returns it at each timestep."""
     losses, base_scheduler = {}, trainer.parts.scheduler
     for prediction_type in get_args(PredictionType):
         scheduler = DDPMScheduler.from_config(base_scheduler.config, prediction_type=prediction_type)
@@ -238,7 +240,7 @@ def _open(
     """The run around a trainer whose weights are in place.
 
     Args:
-        head: of the run's own saved state.
+        head: of the run's own saved state, if it resumes.
     """
     train, accelerator = spec.params.train, trainer.accelerator
     first_step = head.step if head else spec.origin.step if spec.origin else 0
@@ -267,13 +269,13 @@ def _open(
 
 
 def _take_over(run: Run, trained_with: dict) -> None:
-    """Nothing is left to train: the result is that of the params with which it was trained."""
+    """Nothing is left to train: keep the earlier result, recorded with the params that it was trained with."""
     unused = {
         key: values for key, values in differences(trained_with, run.trained_with).items() if key.startswith("train.")
     }
-    without_effect = f" ({describe(unused)}: without effect)" if unused else ""
+    without_effect = f" ({describe(unused)}: no effect)" if unused else ""
     run.trainer.accelerator.print(
-        f"run {run.spec.fingerprint} was finished before, after {run.first_step} steps: its result is taken over and "
+        f"run {run.spec.fingerprint} already finished after {run.first_step} steps: its result is reused and "
         f"nothing is trained{without_effect}; to train it again, set train.resume: never"
     )
     run.trained_with = trained_with

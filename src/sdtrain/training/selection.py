@@ -13,12 +13,12 @@ class Candidate(BaseModel):
 
 
 def ranked(best: list[Candidate], new: Candidate, num: int) -> list[Candidate]:
-    """The `num` best with `new` among them if it is one; by rising loss, of equals the earlier first."""
+    """The `num` best of `best` and `new`, by rising loss; of equal losses the earlier step comes first."""
     return sorted([*best, new], key=lambda candidate: candidate.loss)[:num]
 
 
 def has_stalled(best: list[Candidate], validated_steps: list[int], patience: int | None) -> bool:
-    """Whether `patience` validations (None: any number) have come after the best one."""
+    """Whether there have been `patience` validations since the best one; never if `patience` is None."""
     if patience is None or not best:
         return False
     return sum(step > best[0].step for step in validated_steps) >= patience

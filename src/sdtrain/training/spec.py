@@ -1,4 +1,4 @@
-"""What params and folders alone say of a training run: read before anything is loaded, by `train` and by the plan."""
+"""What is known of a training run from params and folders, before anything is loaded; for `train` and the plan."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ from sdtrain.training.optimizer import check_warmup, count_steps
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run, once its cache is known to fit its params."""
+    """A run whose cache matches its params."""
 
     params: Params
     files: TrainFiles
     cache: LatentsManifest
     num_train: int
-    """Images to train on."""
+    """Number of images to train on."""
     num_steps: int
     schedule_start: int
     """The step at which the learning rate's schedule starts: 0, or where a branch resets it."""
@@ -27,20 +27,20 @@ class RunSpec:
     origin: Origin | None
     """What the run branches from."""
     branch: dict | None
-    """What training_config.json says of the origin."""
+    """What training_config.json records of the origin."""
 
     @property
     def fingerprint(self) -> str:
-        """The run's name among saved states."""
+        """The run's name in the folder of saved states."""
         return fingerprint(self.identity)
 
 
 def read_spec(params: Params, files: TrainFiles) -> RunSpec:
-    """Read what the run will be.
+    """Read a run's params and folders.
 
     Raises:
         InputError: base or cache is missing, the cache was made with other params, the warm-up outlasts the schedule,
-            or the run can't branch from where `train.branch_from` says.
+            or the run can't branch from `train.branch_from`.
     """
     train, cache = params.train, LatentsManifest.read(files.latents)
     preflight.check_cache(cache, params.precompute, params.seed, files.latents)
@@ -49,6 +49,6 @@ def read_spec(params: Params, files: TrainFiles) -> RunSpec:
     origin = find_origin(train, files.checkpoints, num_steps)
     schedule_start = origin.step if origin and "scheduler" in origin.reset else 0
     check_warmup(train, num_steps - schedule_start)
-    identity = training_identity(params, files, num_steps, origin.facts() if origin else None)
-    branch = {**origin.facts(), "differences": origin.check(identity)} if origin else None
+    identity = training_identity(params, files, num_steps, origin.record() if origin else None)
+    branch = {**origin.record(), "differences": origin.check(identity)} if origin else None
     return RunSpec(params, files, cache, num_train, num_steps, schedule_start, identity, origin, branch)

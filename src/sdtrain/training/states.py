@@ -1,14 +1,14 @@
 """Saved states: what a run needs to resume from a step as if it had never stopped.
 
-`<root>/<fingerprint>/step-<n>/` holds `weights.safetensors`, `ema.safetensors` (where an average is
-kept), `optimizer.safetensors`, `state.json` (`StateHead`) and `SHA256SUMS`, which lists each file's
-SHA-256; `<root>/<fingerprint>/checkpoints/` the best checkpoints so far, and `finished.json` is there
-once the run has written its outs. The root lies outside the outs, which DVC deletes before a stage
-runs, and outside the copies that `--temp` and queued runs work in. A state is whole or not there: it
-is written under another name, flushed to disk, and renamed. Two are kept, and before one is used it
-is checked, with the checkpoints that it refers to; what is damaged is renamed to `step-<n>.damaged`,
-and the state before it is used. No randomness is saved, because there is none to save: every draw is a
-function of seed and place (`randomness.py`).
+`<root>/<fingerprint>/step-<n>/` has `weights.safetensors`, `ema.safetensors` (if an average is kept),
+`optimizer.safetensors`, `state.json` (`StateHead`) and `SHA256SUMS`, which lists each file's SHA-256;
+`<root>/<fingerprint>/checkpoints/` has the best checkpoints so far, and `finished.json` is there once
+the run has written its outs. The root is outside the outs, which DVC deletes before a stage runs, and
+outside the copies that `--temp` and queued runs work in. A state is complete or not there: it is
+written under another name, flushed to disk, and renamed. Two are kept. A state and the checkpoints
+that it refers to are checked before it is used; a damaged one is renamed to `step-<n>.damaged`, and
+the state before it is used. There is no random state to save: every draw is a function of seed and
+place (`randomness.py`).
 """
 
 import os
@@ -47,7 +47,7 @@ from sdtrain.training.selection import Candidate
 
 _FORMAT_VERSION = 2
 _NUM_KEPT = 2
-"""States of a run; the second is there in case that the first is damaged."""
+"""States kept of a run: the newest, and the one before it in case the newest is damaged."""
 _FINISHED = "finished.json"
 _STEP = re.compile(r"step-\d{8}")
 
@@ -57,13 +57,13 @@ class Record(BaseModel):
 
 
 class StateHead(Record):
-    """state.json: what the state is, and what of it isn't tensors."""
+    """state.json: what the state is, and everything in it that isn't a tensor."""
 
     format_version: Literal[2]
     step: NonNegativeInt
     """Optimizer steps made."""
     num_steps: NonNegativeInt
-    """Of the whole run, when this was saved."""
+    """Of the full run, when this was saved."""
     fingerprint: str
     identity: dict
     best: list[Candidate]
@@ -76,7 +76,7 @@ class StateHead(Record):
     ema_step: NonNegativeInt | None
     scaler: dict | None
     params: dict
-    """The whole params tree with which the run was last trained."""
+    """All params that the run was last trained with."""
     optimizer_scalars: dict
 
 
@@ -99,7 +99,7 @@ class StateStore:
         self._lock = _lock_of(self.folder)
 
     def lock(self) -> None:
-        """Keep other trainers of this very run out until the process ends, and clear away what a killed one left.
+        """Lock the run against other processes until this one ends, and delete what a killed one left behind.
 
         Raises:
             InputError: another process trains it already.
@@ -107,14 +107,14 @@ class StateStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         owner = self.folder / "owner.json"
         try:
-            self._lock.acquire(timeout=2)  # not 0: another run that is starting may look whether this one works
+            self._lock.acquire(timeout=2)  # not 0: another run that is starting may be checking this lock
         except Timeout:
             try:
                 who = read_record(_Owner, owner, read_json(owner))
             except InputError:
                 who = _Owner(pid="?", host="?")
             raise InputError(
-                f"another process trains this very run already (pid {who.pid} on {who.host}, state in "
+                f"another process is already training this run (pid {who.pid} on {who.host}, state in "
                 f"{self.folder}); wait until it ends, or stop it: kill {who.pid}"
             ) from None
         write_json(owner, {"pid": os.getpid(), "host": socket.gethostname()})
@@ -129,12 +129,12 @@ class StateStore:
         self._lock.release()
 
     def newest(self, num_steps: int) -> Path | None:
-        """The run's last state that isn't beyond `num_steps`, without a look into it."""
+        """The run's last state up to `num_steps`, without checking it."""
         found = [path for path in _states_in(self.folder) if _step_of(path) <= num_steps]
         return found[-1] if found else None
 
     def newest_sound(self, num_steps: int) -> Path | None:
-        """The run's last state that isn't beyond `num_steps` and is whole; sets damaged ones aside, and says so.
+        """The run's last undamaged state up to `num_steps`; sets damaged ones aside, and prints that.
 
         Raises:
             InputError: a damaged one can't be renamed.
@@ -151,20 +151,20 @@ class StateStore:
             else:
                 return path
         if entries:
-            print(f"run {self.fingerprint} starts over: it has no saved state that is whole")
+            print(f"run {self.fingerprint} starts over: none of its saved states can be used")
         return None
 
     def check(self, state: Path) -> StateHead:
-        """A state of this run, and the checkpoints that it refers to, are what was saved.
+        """Check that a state of this run, and the checkpoints that it refers to, are what was saved.
 
         Raises:
-            InputError: names what isn't.
+            InputError: names what doesn't match.
         """
         head = check_state(state)
         if head.fingerprint != self.fingerprint:
             raise InputError(f"{state} belongs to run {head.fingerprint}, not to {self.fingerprint}")
         if head.step != _step_of(state):
-            raise InputError(f"{state / 'state.json'} is of step {head.step}")
+            raise InputError(f"{state / 'state.json'} is for step {head.step}")
         for best in head.best:
             checkpoint = self.checkpoint(best.step)
             if str(best.step) not in head.checkpoints:
@@ -178,48 +178,51 @@ class StateStore:
         return head
 
     def state(self, step: int) -> Path:
-        """Where the state after `step` steps is, or would be."""
+        """The path of the state after `step` steps, whether it exists or not."""
         return self.folder / f"step-{step:08}"
 
     def why_none(self) -> str | None:
-        """Why no state that lies here is used; None where there is none at all."""
+        """Why none of the existing states is used; None if there are none."""
         if own := _states_in(self.folder):
-            return f"{own[-1]} isn't used: it lies beyond the run's last step"
+            return f"{own[-1]} isn't used: it is beyond the run's last step"
         others = [states[-1] for folder in self._other_runs() if (states := _states_in(folder))]
         for path in sorted(others, key=_changed_at, reverse=True):
             try:
                 found = differences(read_head(path).identity, self.identity)
-            except (InputError, OSError):  # of another version, or being deleted: of no interest here
+            except (InputError, OSError):  # of another version, or being deleted
                 continue
             return f"{path} isn't used, because it differs: {describe(found)}"
         return None
 
     def save(
-        self, step: int, weights: dict[str, nn.Parameter], ema: EMAModel | None, optimizer: Optimizer, facts: dict
+        self, step: int, weights: dict[str, nn.Parameter], ema: EMAModel | None, optimizer: Optimizer, fields: dict
     ) -> Path:
-        """Write the state after `step` steps, then delete all but the last two and the checkpoints that none refers to.
+        """Write the state after `step` steps, then delete all but the last two and checkpoints that neither refers to.
+
+        Args:
+            fields: `Run.head_fields`.
 
         Raises:
-            InputError: the disk is full, or one of the best checkpoints is gone.
+            InputError: the disk is full, or one of the best checkpoints is missing.
         """
         target = self.state(step)
-        if not target.exists():  # it does where the run was resumed here, or has only validated since
+        if not target.exists():  # it does if the run was resumed here, or has only validated since
             tensors, scalars = _flat(optimizer.state_dict()["state"])
             files = {"weights": {name: parameter.detach().contiguous() for name, parameter in weights.items()}}
             if ema is not None:
                 files["ema"] = dict(zip(weights, ema.shadow_params, strict=True))
-            self._write(step, {**files, "optimizer": tensors}, {"optimizer_scalars": scalars, **facts})
+            self._write(step, {**files, "optimizer": tensors}, {"optimizer_scalars": scalars, **fields})
         for older in [state for state in _states_in(self.folder) if _step_of(state) < step][: 1 - _NUM_KEPT]:
             delete_folder(older)
-        self.tidy([best["step"] for best in facts["best"]])
+        self.tidy([best["step"] for best in fields["best"]])
         return target
 
-    def _write(self, step: int, files: dict[str, dict[str, torch.Tensor]], facts: dict) -> None:
-        """Write the state after `step` steps: tensors by name by the stem of their file, and the rest of the head."""
-        seals = {best["step"]: self.checkpoint(best["step"]) / SEAL for best in facts["best"]}
+    def _write(self, step: int, files: dict[str, dict[str, torch.Tensor]], fields: dict) -> None:
+        """Write the state after `step` steps: tensors by name, by stem of their file, and the head's further fields."""
+        seals = {best["step"]: self.checkpoint(best["step"]) / SEAL for best in fields["best"]}
         for seal in seals.values():
             if not seal.is_file():
-                raise InputError(f"{seal.parent} has gone or is damaged, so no state that refers to it can be saved")
+                raise InputError(f"{seal.parent} is missing or damaged, so no state that refers to it can be saved")
         before = self.newest(step)
         needs_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
         with (
@@ -240,26 +243,26 @@ class StateStore:
                 "identity": self.identity,
                 "checkpoints": {str(best): sha256_file(seal) for best, seal in seals.items()},
             }
-            write_json(folder / "state.json", {**head, **facts})
+            write_json(folder / "state.json", {**head, **fields})
             seal_folder(folder)
         (self.folder / _FINISHED).unlink(missing_ok=True)
 
     def finish(self, step: int) -> None:
-        """Note that the run's outs, made after `step` steps, are written."""
+        """Record that the run's outs, after `step` steps, are written."""
         write_json(self.folder / _FINISHED, {"step": step})
 
     def tidy(self, best: list[int]) -> None:
         """Delete the checkpoints of steps that are neither in `best` nor needed by a state on disk."""
         kept = set(best)
         for state in _states_in(self.folder):
-            with suppress(InputError):  # a damaged one needs nothing: it won't be used
+            with suppress(InputError):  # a damaged one won't be used, so it needs nothing
                 kept |= {entry.step for entry in read_head(state).best}
         for checkpoint in entries_in(self.folder / "checkpoints"):
             if _step_of(checkpoint) not in kept:
                 delete_folder(checkpoint)
 
     def checkpoint(self, step: int) -> Path:
-        """Where a checkpoint of this run is kept."""
+        """The path of a checkpoint of this run."""
         return self.folder / "checkpoints" / f"step-{step:08}"
 
     def clear(self) -> None:
@@ -272,15 +275,15 @@ class StateStore:
                 path.unlink(missing_ok=True)
 
     def size_bytes(self) -> int:
-        """What this run's states and checkpoints take on the disk, without the damaged ones."""
+        """Disk space of this run's states and checkpoints, without damaged ones."""
         folders = [*_states_in(self.folder), *entries_in(self.folder / "checkpoints")]
         return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
     def prune(self, num_runs: int, spare: Path | None) -> None:
-        """Make room for this run: keep `num_runs` - 1 others, and up to `num_runs` where they aren't finished.
+        """Make room for this run: keep `num_runs` - 1 others, or up to `num_runs` if they aren't finished.
 
-        Finished runs go first, those saved last stay, and each that goes is named. Leaves runs that train now, and
-        the run that `spare` lies in.
+        Deletes finished runs first, those saved longest ago first; prints each. Skips runs that are training, and the
+        run that contains `spare`.
         """
         for left in self.root.glob(f"*{PARTIAL}"):
             shutil.rmtree(left, ignore_errors=True)
@@ -292,20 +295,20 @@ class StateStore:
             self._delete_run(run, f"train.num_saved_runs = {num_runs}")
         for run in unfinished[num_runs:]:
             self._delete_run(
-                run, f"more than train.num_saved_runs = {num_runs} others aren't finished; raise it to keep more"
+                run, f"more than train.num_saved_runs = {num_runs} other runs are unfinished; raise it to keep more"
             )
         if len(unfinished) >= num_runs:
             last = unfinished[num_runs - 1]
             print(
-                f"{last} ({_progress_of(last)}) will be deleted when one more new run starts; to keep it, finish it or "
-                f"raise train.num_saved_runs, which is {num_runs}"
+                f"{last} ({_progress_of(last)}) will be deleted when another new run starts; to keep it, finish it or "
+                f"raise train.num_saved_runs, now {num_runs}"
             )
 
     def _delete_run(self, run: Path, why: str) -> None:
         lock = _lock_of(run)
         try:
             lock.acquire(timeout=0)
-        except Timeout:  # it trains now
+        except Timeout:  # it is training
             return
         print(f"deletes {run} ({_progress_of(run)}): {why}")
         delete_folder(run)
@@ -317,7 +320,7 @@ class StateStore:
 
 
 class _CheckpointError(InputError):
-    """A checkpoint isn't what a state refers to."""
+    """A checkpoint doesn't match the state that refers to it."""
 
     def __init__(self, fault: str, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
@@ -325,18 +328,18 @@ class _CheckpointError(InputError):
 
 
 def _set_aside(path: Path) -> str:
-    """Rename what is damaged; says what its name is now."""
+    """Rename a damaged file or folder; returns what to print about it."""
     try:
         return f"{path.name} is kept as {set_aside(path).relative_to(path.parent.parent)}"
     except OSError as error:
-        raise InputError(f"{path} is damaged, and can't be renamed ({error}); move it away") from None
+        raise InputError(f"{path} is damaged, and can't be renamed ({error}); move it elsewhere") from None
 
 
 def read_head(folder: Path) -> StateHead:
-    """What a saved state says that it is.
+    """Read a saved state's head.
 
     Raises:
-        InputError: its state.json is missing, broken, or of another format.
+        InputError: its state.json is missing, broken, or has another format version.
     """
     path = folder / "state.json"
     tree = read_json(path)
@@ -350,7 +353,7 @@ def read_head(folder: Path) -> StateHead:
 
 
 def check_state(folder: Path) -> StateHead:
-    """The head of a saved state, each of whose files was read and is what was written.
+    """Check that every file of a saved state is what was written; returns its head.
 
     Raises:
         InputError: names what is missing or changed.
@@ -360,12 +363,12 @@ def check_state(folder: Path) -> StateHead:
     head = read_head(folder)
     check_sealed(folder)
     if head.fingerprint != fingerprint(head.identity):
-        raise InputError(f"{folder / 'state.json'}: identity isn't that of run {head.fingerprint}")
+        raise InputError(f"{folder / 'state.json'}: its identity doesn't match its fingerprint {head.fingerprint}")
     return head
 
 
 def read_record(kind: type[_AnyRecord], path: Path, tree: Any) -> _AnyRecord:
-    """The JSON tree of a file as a record.
+    """Parse the JSON tree of a file.
 
     Raises:
         InputError: names the file and the first thing that is wrong.
@@ -380,7 +383,7 @@ def read_record(kind: type[_AnyRecord], path: Path, tree: Any) -> _AnyRecord:
 def load_state(
     folder: Path, weights: dict[str, nn.Parameter], ema: EMAModel | None, optimizer: Optimizer | None
 ) -> StateHead:
-    """Take weights, average and moments over from a saved state; None leaves that part as it is. The state's head.
+    """Load weights, average and moments of a saved state, in place; skips parts that are None. Returns the head.
 
     Raises:
         InputError: the state's weights have another structure.
@@ -390,7 +393,7 @@ def load_state(
     if ema is not None and head.ema_step is not None:
         _copy(folder, load_file(folder / "ema.safetensors"), dict(zip(weights, ema.shadow_params, strict=True)))
         ema.optimization_step = head.ema_step
-    elif ema is not None:  # a branch of a run that kept none: it starts here
+    elif ema is not None:  # branched from a run without one: it starts here
         set_average(ema, weights, 0)
     if optimizer is not None:
         state = _nested({**load_file(folder / "optimizer.safetensors"), **head.optimizer_scalars})
@@ -417,14 +420,14 @@ def _copy(folder: Path, saved: dict[str, torch.Tensor], ours: dict[str, torch.Te
 
 @torch.no_grad()
 def set_average(ema: EMAModel, weights: dict[str, nn.Parameter], num_updates: int) -> None:
-    """Let the average be these weights, after so many updates."""
+    """Set the average to these weights, and its number of updates."""
     for ours, theirs in zip(ema.shadow_params, weights.values(), strict=True):
         ours.copy_(theirs)
     ema.optimization_step = num_updates
 
 
 def _flat(state: dict, prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state by path (`3/exp_avg`): tensors, none of which shares memory, and all else."""
+    """An optimizer's state by path (`3/exp_avg`): tensors, which share no memory, and everything else."""
     tensors, scalars = {}, {}
     for key, value in state.items():
         path = f"{prefix}{key}"
@@ -452,7 +455,7 @@ def _nested(flat: dict[str, Any]) -> dict:
 
 
 def entries_in(folder: Path) -> list[Path]:
-    """What is named as a state or checkpoint, whole or not, oldest first."""
+    """Everything named like a state or checkpoint, complete or not, oldest first."""
     return sorted(path for path in folder.glob("step-*") if _STEP.fullmatch(path.name))
 
 
@@ -466,12 +469,12 @@ def _step_of(folder: Path) -> int:
 
 
 def _is_unfinished(run: Path) -> bool:
-    """Whether a run has a state, and hasn't written its outs since."""
+    """Whether a run has a state, and no outs written after it."""
     return bool(_states_in(run)) and not (run / _FINISHED).exists()
 
 
 def _progress_of(run: Path) -> str:
-    """How far a run came, in words."""
+    """A run's progress, in words."""
     states = _states_in(run)
     if not states:
         return "no saved state"

@@ -22,15 +22,15 @@ SUMS = (
     "loss", *(f"loss_q{q}" for q in QUARTILES), *(f"rows_q{q}" for q in QUARTILES),
     "timestep", "timestep_squared", "latent", "latent_squared", "noise", "noise_squared",
 )  # fmt: skip
-"""What is summed up over a step's rows; what the method logs follows."""
+"""What is summed over a step's rows; the method's logged values follow."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step tells."""
+    """What one optimizer step reports."""
 
     sums: Tensor
-    """`SUMS` and the method's `logged` over the rows that this process took, float32 on the device."""
+    """`SUMS` and the method's `logged` over this process's rows, float32 on the device."""
     grad_norm: Tensor
     """L2 norm of the gradient over all processes, before clipping; a scalar on the device."""
     param_norm: Tensor
@@ -38,13 +38,13 @@ class StepReport:
     lr: float
     """The learning rate of the step."""
     skipped: bool
-    """The loss scaling of fp16 found gradients that aren't finite, and left the weights."""
+    """Whether fp16's loss scaling found gradients that aren't finite, and left the weights unchanged."""
     data_wait_s: float
-    """Seconds spent on getting the batch."""
+    """Seconds spent waiting for batches."""
 
 
 def optimizer_step(trainer: Trainer, lr_scheduler: LRScheduler, step: int) -> StepReport:
-    """Make the step that follows `step` steps: micro-batches, clipping, AdamW, schedule, EMA."""
+    """The step after `step` steps: micro-batches, clipping, AdamW, schedule, EMA."""
     accelerator, device, weights = trainer.accelerator, trainer.accelerator.device, trainer.weights.values()
     sums, data_wait_s = torch.zeros(len(SUMS) + len(trainer.method.logged), device=device), 0.0
     for micro in range(trainer.num_micro_batches):
@@ -67,11 +67,11 @@ def optimizer_step(trainer: Trainer, lr_scheduler: LRScheduler, step: int) -> St
 
 
 def _backward(trainer: Trainer, batch: Batch, step: int, first_position: int, last_batch: bool) -> Tensor:
-    """Forward and backward of every loss pass over one micro-batch; its sums."""
+    """Forward and backward of every loss pass over one micro-batch; returns its sums."""
     accelerator, method, train = trainer.accelerator, trainer.method, trainer.params.train
     losses, logged = 0, dict.fromkeys(method.logged, torch.zeros((), device=accelerator.device))
     for number, loss_pass in enumerate(method.losses):
-        # Where a model has dropout of its own.
+        # For models that have dropout of their own.
         torch.manual_seed(randomness.integer(trainer.params.seed, "dropout", step, first_position, number))
         syncs = last_batch and number == len(method.losses) - 1
         with (
@@ -79,15 +79,15 @@ def _backward(trainer: Trainer, batch: Batch, step: int, first_position: int, la
             accelerator.autocast(),
             attention(train.attention_backend),
         ):
-            told = loss_pass(trainer.model, batch, trainer.objective)
-            accelerator.backward(told["loss"].mean() / trainer.num_micro_batches)
-        losses = losses + told["loss"].detach()
-        logged |= {name: values.detach().float().sum() for name, values in told.items() if name != "loss"}
+            values = loss_pass(trainer.model, batch, trainer.objective)
+            accelerator.backward(values["loss"].mean() / trainer.num_micro_batches)
+        losses = losses + values["loss"].detach()
+        logged |= {name: value.detach().float().sum() for name, value in values.items() if name != "loss"}
     return torch.cat([_sums(batch, losses, len(trainer.objective.alphas_cumprod)), *(v[None] for v in logged.values())])
 
 
 def _sums(batch: Batch, losses: Tensor, num_train_timesteps: int) -> Tensor:
-    """`SUMS` over one micro-batch: the loss, by quartile of the timesteps too, and what went in.
+    """`SUMS` over one micro-batch: the loss, also by quartile of the timesteps, and statistics of the inputs.
 
     Args:
         losses: of each row, [B].

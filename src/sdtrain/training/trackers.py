@@ -1,4 +1,4 @@
-"""What a run tells while it works: a progress bar, and TensorBoard or Weights & Biases. None of it is state."""
+"""What a run shows while it trains: a progress bar, and TensorBoard or Weights & Biases. None of it is state."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ class Trackers:
     """Shows a run's rows and images as they come.
 
     Args:
-        first_step: steps made already; a resumed run's curves continue from there.
-        resumed: whether the trackers hold earlier rows of this run.
+        first_step: steps already made; a resumed run's curves continue from there.
+        resumed: whether the trackers have earlier rows of this run.
     """
 
     def __init__(
@@ -31,12 +31,12 @@ class Trackers:
         accelerator.log_with = _build(names, runs, run_name, first_step + 1 if resumed else 0)
         accelerator.init_trackers(run_name)
         self._accelerator = accelerator
-        hidden = None if accelerator.is_main_process else True  # None hides it where there is no terminal
+        hidden = None if accelerator.is_main_process else True  # None hides it if there is no terminal
         self._progress = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", disable=hidden)
 
     @property
     def show_images(self) -> bool:
-        """Whether this process has anywhere to show images."""
+        """Whether this process has trackers that show images."""
         return self._accelerator.is_main_process and bool(self._accelerator.trackers)
 
     def step(self) -> None:
@@ -65,7 +65,7 @@ class Trackers:
             tqdm.write(f"step {row['step']}: held-out loss {means}")
 
     def close(self) -> None:
-        """End the trackers' files and the progress bar."""
+        """Close the trackers and the progress bar."""
         self._accelerator.end_training()
         self._progress.close()
 
@@ -75,7 +75,7 @@ class Trackers:
 
 
 def _build(names: list[str], runs: Path, run_name: str, first_step: int) -> list[GeneralTracker]:
-    """The trackers by name, for one run; a resumed run goes on in its own curves from `first_step`."""
+    """One run's trackers; a resumed run continues its own curves from `first_step`."""
     trackers: list[GeneralTracker] = []
     if "tensorboard" in names:
         purge = {"purge_step": first_step} if first_step else {}

@@ -38,7 +38,7 @@ class Trainer:
     num_micro_batches: int
     """Forward passes per process and optimizer step."""
     scheduler: DDPMScheduler
-    """The noise schedule that is trained on; `parts.scheduler` is the base's own."""
+    """The noise schedule for training; `parts.scheduler` is the base's own."""
     objective: Objective
     optimizer: Optimizer
     ema: EMAModel | None
@@ -57,10 +57,10 @@ class Trainer:
 
 
 def build_trainer(params: Params, files: TrainFiles, accelerator: Accelerator) -> Trainer:
-    """Load the base, and build method, optimizer, average and batches around it.
+    """Load the base, and build method, optimizer, EMA and batches around it.
 
     Raises:
-        InputError: cache, base and method don't belong together, or a param asks for what the device can't do.
+        InputError: cache, base and method don't match, or the device doesn't support a param.
     """
     train, device = params.train, accelerator.device
     check_device(train, device.type)

@@ -1,8 +1,8 @@
 """What a params file will do, without doing it: images, steps, memory, disk and, if asked, time.
 
-Nothing has to be there yet. What the stages have made is counted where it is what these params ask for; else params
-and the base's configs answer. Of the hub only configs and a data set's card are asked, some kB; where that fails, the
-base is taken for a Stable Diffusion 1.x. Each number says where it comes from.
+Nothing has to exist yet. The stages' outputs are counted if they match these params; otherwise the numbers follow from
+params and the base's configs. From the hub only configs and a data set's card are read, some kB; if that fails, the
+base is assumed to be a Stable Diffusion 1.x. Each number says where it comes from.
 """
 
 import math
@@ -39,9 +39,9 @@ def plan_run(params: Params, files: TrainFiles, dataset: Path, num_timed_steps: 
     """The plan, line by line.
 
     Args:
-        files: as for `train`; nothing of it has to be there.
+        files: as for `train`; none of them has to exist.
         dataset: where the stage `dataset` writes.
-        num_timed_steps: train that many steps to learn how long one takes; 0 trains none.
+        num_timed_steps: train that many steps to measure how long one takes; 0 trains none.
 
     Raises:
         InputError: the params can't be run, a local base isn't there, or steps are to be timed without a cache.
@@ -72,7 +72,7 @@ def plan_run(params: Params, files: TrainFiles, dataset: Path, num_timed_steps: 
 
 
 def _num_steps(params: Params, images: Images) -> int | None:
-    """None where it depends on images that aren't counted."""
+    """None if it depends on images that can't be counted."""
     if params.train.max_steps is None and images.num_train is None:
         return None
     num_steps = count_steps(params.train, images.num_train or 0)
@@ -81,7 +81,7 @@ def _num_steps(params: Params, images: Images) -> int | None:
 
 
 def _base_lines(base: Base) -> Lines:
-    """A line for each place that parts come from."""
+    """A line for each source of parts."""
     lines = []
     for origin in dict.fromkeys(base.origins.values()):
         parts = [part for part in PARTS if base.origins[part] == origin]
@@ -119,7 +119,7 @@ def _validations(params: Params, images: Images, num_steps: int | None) -> str:
 def _training_lines(params: Params, costs: Costs, num_processes: int, num_micro_batches: int) -> Lines:
     train, device = params.train, pick_device()
     split = f"{num_processes} processes x {num_micro_batches} micro-batches x {train.micro_batch_size}"
-    lr = f"{peak_lr(train):g} at its top, {train.lr_scheduler}, {train.lr_warmup_steps} steps warm-up"
+    lr = f"{peak_lr(train):g} peak, {train.lr_scheduler}, {train.lr_warmup_steps} steps warm-up"
     objective = f"{train.prediction_type}, snr_gamma {train.snr_gamma}, {train.timestep_sampling} timesteps"
     trained = f"{costs.num_parameters:,} parameters ({params.method.name}), {train.optimizer}, {train.precision}"
     memory = (
@@ -141,24 +141,24 @@ def _saved_state(params: Params, files: TrainFiles, made: Made) -> str:
     if params.train.resume == "never":
         return "never: starts over"
     if not made.latents or not made.base or not (files.base / "manifest.json").exists():
-        return "not known before base and latents are there"
+        return "unknown until base and latents are there"
     spec = read_spec(params, files)
     store = StateStore(files.states, spec.identity)
     if saved := store.newest(spec.num_steps):
         return f"run {store.fingerprint} resumes from {saved}"
     if spec.origin:
         return f"run {store.fingerprint} branches from step {spec.origin.step} of {spec.origin.folder}"
-    return f"run {store.fingerprint} starts afresh; it has no saved state"
+    return f"run {store.fingerprint} starts from scratch: it has no saved state"
 
 
 def _check_timing(num_processes: int, made: Made, files: TrainFiles) -> None:
-    """Check that steps can be timed here and now.
+    """Check that steps can be timed now.
 
     Raises:
         InputError: there would be several processes, or something to train on is missing.
     """
     if num_processes > 1:
-        raise InputError(f"--time-steps: times one process, the environment asks for {num_processes}; unset NPROC")
+        raise InputError(f"--time-steps: times one process, but the environment asks for {num_processes}; unset NPROC")
     lacks = [
         made.why_not(folder) for folder, fits in ((files.base, made.base), (files.latents, made.latents)) if not fits
     ]
@@ -168,16 +168,16 @@ def _check_timing(num_processes: int, made: Made, files: TrainFiles) -> None:
 
 def _time(params: Params, files: TrainFiles, num_timed_steps: int, num_steps: int | None) -> str:
     if not num_timed_steps:
-        return "not measured; --time-steps 5 trains five steps to tell, once base and latents are there"
+        return "not measured; --time-steps 5 trains five steps to measure it, once base and latents are there"
     step_s = _time_step(params, files, num_timed_steps)
     return (
         f"about {num_steps * step_s / 60:.1f} min of training steps, {1000 * step_s:.0f} ms each here "
-        f"({num_timed_steps} timed); validation and saving come on top"
+        f"({num_timed_steps} timed); validation and saving not included"
     )
 
 
 def _time_step(params: Params, files: TrainFiles, num_timed_steps: int) -> float:
-    """Seconds per optimizer step, after one that isn't counted."""
+    """Seconds per optimizer step, after one untimed step."""
     trainer = build_trainer(params, files, build_accelerator(params.train))
     lr_scheduler = build_lr_scheduler(trainer.optimizer, params.train, num_timed_steps + 1, num_done=0)
     optimizer_step(trainer, lr_scheduler, 0)

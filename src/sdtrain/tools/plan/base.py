@@ -1,4 +1,4 @@
-"""The base model's structure, before the base is there: from its own configs, else that of Stable Diffusion 1.x."""
+"""The base model's structure, before the base is there: from its own configs, or else that of Stable Diffusion 1.x."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +25,9 @@ _KEYS = {
     "vae": ("latent_channels", "block_out_channels"),
     "text_encoder": ("hidden_size", "max_position_embeddings"),
 }
-"""What the plan reads of a part's config."""
+"""Keys that the plan reads from each part's config."""
 TIMEOUT_S = 5
-"""For each question to the hub."""
+"""Of each request to the hub."""
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,25 @@ class Source:
     """Where parts of the base come from."""
 
     key: str
-    """The params key that says so."""
+    """The params key that names it."""
     record: dict
-    """What the manifest of data/base records of it, but for the hub's commit."""
+    """What the manifest of data/base records of it, without the hub's commit."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The structure of the base model, and what it takes on the disk."""
+    """The structure of the base model, and its size on disk."""
 
     configs: Configs
     origins: dict[str, str]
-    """Where a part's config is known from."""
+    """By part, where its config comes from."""
     num_parameters: dict[str, int]
     """By part."""
     num_bytes: int
     """Of data/base."""
     bytes_origin: str
     num_hub_bytes: int
-    """Of what the hub's client will keep of it in its own cache."""
+    """Of what the hub's client will keep in its own cache."""
 
 
 def base_sources(params: BaseParams) -> dict[str, Source]:
@@ -73,7 +73,7 @@ def _hub_source(params: BaseParams, key: str) -> Source:
 
 
 def find_base(params: BaseParams, folder: Path, is_made: bool) -> Base:
-    """The base as data/base if that is there, else from where it will be taken.
+    """The base in data/base if that is there, else from its source.
 
     Raises:
         InputError: a local base isn't there, its parts don't fit together, or Diffusers refuses `base.unet_config`.
@@ -117,7 +117,7 @@ def latent_shape(configs: Configs, resolution: int) -> tuple[int, int, int]:
 
 
 def _read_parts(source: Source, parts: list[str], others: dict[str, dict]) -> tuple[dict[str, dict], str]:
-    """The configs of the parts that come from one source, and where they are known from."""
+    """The configs of the parts that come from one source, and where they come from."""
     record = source.record
     if "unet_config" in record:
         return {"unet": _own_unet(record["unet_config"], others)}, source.key
@@ -159,16 +159,16 @@ def _ask_for_configs(key: str, repo: str, revision: str | None, parts: list[str]
 
 @contextmanager
 def asking_hub(key: str, repo: str, revision: str | None, instead: str) -> Iterator[None]:
-    """Turn whatever keeps the hub from answering into an `InputError`; as `hub.explained`, and answers of others."""
+    """Like `hub.explained`; also turns an answer that isn't the hub's into an `InputError`."""
     with hub.explained(key, repo, revision, instead):
         try:
             yield
-        except JSONDecodeError:  # as of a network that wants a login first
-            raise InputError(f"{key} = {repo!r}: what answers at {constants.ENDPOINT} isn't the hub") from None
+        except JSONDecodeError:  # e.g. a network's login page
+            raise InputError(f"{key} = {repo!r}: the answer from {constants.ENDPOINT} isn't the hub's") from None
 
 
 def _cached_config(repo: str, revision: str | None, part: str) -> dict | None:
-    """What the hub's client downloaded before."""
+    """A config that the hub's client downloaded before."""
     for name in _config_names(part):
         path = try_to_load_from_cache(repo, name, revision=revision)
         if isinstance(path, str):
@@ -177,12 +177,12 @@ def _cached_config(repo: str, revision: str | None, part: str) -> dict | None:
 
 
 def _config_names(part: str) -> tuple[str, ...]:
-    """Where a repository may have it; one that holds nothing but a VAE, at its root."""
+    """Where a repository may have it; a VAE's own repository has it at its root."""
     return (f"{part}/config.json", "config.json") if part == "vae" else (f"{part}/config.json",)
 
 
 def _own_unet(config: dict, others: dict[str, dict]) -> dict:
-    """The whole config that `base.unet_config` leads to, fitted to the other parts as the stage `base` does it."""
+    """The full config that `base.unet_config` leads to, fitted to the other parts as in the stage `base`."""
     channels, width = others["vae"]["latent_channels"], others["text_encoder"]["hidden_size"]
     fitted = {"in_channels": channels, "out_channels": channels, "cross_attention_dim": width, **config}
     try:
@@ -193,14 +193,14 @@ def _own_unet(config: dict, others: dict[str, dict]) -> dict:
 
 
 def _check_keys(configs: dict[str, dict], origin: str) -> None:
-    """Check that the configs say what the plan asks of them."""
+    """Check that the configs have the keys that the plan reads."""
     for part, config in configs.items():
         if missing := [key for key in _KEYS[part] if key not in config]:
             raise InputError(f"{part}/config.json ({origin}) has no {', '.join(missing)}; sdtrain trains SD 1.x models")
 
 
 def _check_fit(configs: Configs) -> None:
-    """Check what the memory estimate needs; the stage `base` checks more."""
+    """Check the fit that the memory estimate relies on; the stage `base` checks more."""
     for key, expected, other in (
         ("in_channels", configs.vae["latent_channels"], "vae latent_channels"),
         ("cross_attention_dim", configs.text_encoder["hidden_size"], "text_encoder hidden_size"),
@@ -217,6 +217,6 @@ def _count_parameters(configs: Configs) -> dict[str, int]:
 
 
 def _stored_bytes(folder: Path) -> int:
-    """What the stage `base` takes of a part's folder: no pickles, no variants such as `model.fp16.safetensors`."""
+    """Bytes that the stage `base` takes of a part's folder: no pickles, no variants like `model.fp16.safetensors`."""
     files = [path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".safetensors")]
     return sum(path.stat().st_size for path in files if "." not in path.stem)

@@ -1,4 +1,4 @@
-"""What a run of the whole pipeline writes, what DVC keeps of it once more, and what `dvc push` sends."""
+"""What a run of the full pipeline writes, what DVC stores a second time, and what `dvc push` sends."""
 
 import math
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from sdtrain.training.preflight import MAX_STATES, disk_needs
 _ID_BYTES = 38
 """Of an image's id in the head of a latent shard: 32 characters, quotes with their backslashes, comma, space."""
 _MIN_CELL_PX = 128
-"""To which the grid of samples enlarges small images."""
+"""To which the grid of samples upscales small images."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class Item:
 
     name: str
     num_bytes: int | None
-    """At its most; None is unknown."""
+    """At most; None is unknown."""
     origin: str
     is_out: bool = True
-    """A cached out: DVC keeps it once more, and pushes it."""
+    """A cached out: DVC stores a second copy, and pushes it."""
     is_there: bool = False
 
 
 def disk_items(
     params: Params, base: Base, images: Images, costs: Costs, latent_shape: tuple[int, int, int], made: Made
 ) -> list[Item]:
-    """What a run of the whole pipeline writes."""
+    """What a run of the full pipeline writes."""
     num_best, dtype = params.train.num_best_checkpoints, params.export.dtype
     needs = disk_needs(costs, num_best)
     kinds = "raw and EMA" if params.train.use_ema else "raw"
@@ -72,7 +72,7 @@ def latents_item(params: Params, base: Base, images: Images, latent_shape: tuple
 
 
 def _grid_bytes(params: Params, configs: Configs, latent_size: int) -> int:
-    """The grid's pixels, before PNG packs them: base and trained, at the size that the base draws."""
+    """The grid's pixels before PNG compression: base and trained, at the size that the base draws."""
     own = configs.unet.get("sample_size")
     drawn = vae_factor(configs.vae["block_out_channels"]) * (own if isinstance(own, int) else latent_size)
     side = drawn * math.ceil(_MIN_CELL_PX / drawn)
@@ -80,7 +80,7 @@ def _grid_bytes(params: Params, configs: Configs, latent_size: int) -> int:
 
 
 def _hub_items(params: Params, base: Base, images: Images, made: Made) -> list[Item]:
-    """What the hub's clients keep of their downloads; the data set as files and as Arrow."""
+    """What the hub's clients keep of their downloads; a data set twice, as files and as Arrow."""
     num_bytes = base.num_hub_bytes
     if params.dataset.source == "hub" and not made.dataset:
         num_bytes += 2 * (images.num_bytes or 0)
@@ -88,7 +88,7 @@ def _hub_items(params: Params, base: Base, images: Images, made: Made) -> list[I
 
 
 def disk_lines(items: list[Item], free_bytes: int) -> list[tuple[str, str]]:
-    """Each item, DVC's copies of the outs, the sum beside what is free, and what `dvc push` sends."""
+    """Each item, DVC's copies of the outs, the sum and the free space, and what `dvc push` sends."""
     outs = [item for item in items if item.is_out]
     copied, total = _sum(outs), _sum(items) + _sum(outs)
     there = sum(2 * item.num_bytes if item.is_out else item.num_bytes for item in items if item.is_there)
@@ -96,16 +96,16 @@ def disk_lines(items: list[Item], free_bytes: int) -> list[tuple[str, str]]:
     about, besides = ("at least", f" without {unknown}") if unknown else ("about", "")
     already = f", {size(there)} of it there already" if there else ""
     lack = "" if total - there <= free_bytes else ": not enough"
-    copies = "the outs once more, with DVC's default copies; none where cache.type links or reflinks"
+    copies = "a second copy of the outs, with DVC's default cache.type; none with links or reflinks"
     parts = ", ".join(f"{item.name} {size(item.num_bytes)}" for item in outs)
     return [
         *((f"disk {item.name}", f"{size(item.num_bytes)} ({item.origin})") for item in items),
         ("disk DVC cache", f"{size(copied)} ({copies})"),
-        ("disk", f"{about} {size(total)} in all{besides}{already}; {size(free_bytes)} free{lack}"),
-        ("dvc push", f"{about} {size(copied)}{besides}: {parts}; no saved states, and equal files once"),
+        ("disk", f"{about} {size(total)} in total{besides}{already}; {size(free_bytes)} free{lack}"),
+        ("dvc push", f"{about} {size(copied)}{besides}: {parts}; no saved states; equal files are sent once"),
     ]
 
 
 def _sum(items: Iterable[Item]) -> int:
-    """The bytes that are known."""
+    """The sum of the known sizes."""
     return sum(item.num_bytes or 0 for item in items)

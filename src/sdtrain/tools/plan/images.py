@@ -1,4 +1,4 @@
-"""How many images there will be, and their bytes: counted where the stages have run, else as the source tells."""
+"""How many images there will be, and their bytes: counted if the stages have run, else as the source reports."""
 
 import tarfile
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ from sdtrain.tools.plan.made import Made
 from sdtrain.tools.plan.sizes import folder_bytes
 
 _NUM_DRAWN = 16
-"""Generated scenes that are drawn to see how large their files are."""
+"""Generated scenes that are drawn to estimate their files' size."""
 _ROW_BYTES = 170
-"""Of an image in data/dataset beside its file: id, caption, its row in inputs.csv."""
+"""Of an image in data/dataset besides its file: id, caption, its row in inputs.csv."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Found:
-    """What a source is known to hold, in files or rows; None is unknown."""
+    """Number and bytes of a source's files or rows; None is unknown."""
 
     num_images: int | None
     num_bytes: int | None
@@ -51,7 +51,7 @@ class Found:
 
 
 def count_images(params: DatasetParams, seed: int, latents: Path, dataset: Path, made: Made) -> Images:
-    """The images, from the nearest place that tells."""
+    """Count the images in the latent cache or data set, or else estimate them from the source."""
     if made.dataset:
         splits = DatasetManifest.read(dataset).splits
         counts, origin = [splits[name].num_rows for name in SPLITS], f"counted in {dataset}"
@@ -67,12 +67,12 @@ def count_images(params: DatasetParams, seed: int, latents: Path, dataset: Path,
 
 
 def split_counts(params: DatasetParams, num_images: int | None) -> list[int | None]:
-    """About how many images of a source are trained on and held out, if none is dropped."""
+    """Estimate how many of a source's images are trained on and held out, if none is dropped."""
     if num_images is None:
         return [None, None]
     held_out, limit = round(num_images * params.validation_fraction), params.max_train_samples
     train = num_images - held_out
-    if limit is not None and limit < train:  # reading ends there, and with it the held-out ones
+    if limit is not None and limit < train:  # reading stops there, for held-out images too
         return [limit, round(limit / (1 - params.validation_fraction) * params.validation_fraction)]
     return [train, held_out]
 
@@ -84,7 +84,7 @@ def _share_of_bytes(found: Found, counts: list[int | None]) -> int | None:
 
 
 def ask_source(params: DatasetParams, seed: int) -> Found:
-    """What the source holds, as far as can be told without reading its images."""
+    """What the source has, as far as is known without reading its images."""
     if params.source == "generated":
         sizes = [_scene_bytes(params, seed, index) for index in range(_NUM_DRAWN)]
         num_bytes = round(params.num_scenes * sum(sizes) / len(sizes))
@@ -102,7 +102,7 @@ def ask_source(params: DatasetParams, seed: int) -> Found:
 
 
 def _scene_bytes(params: DatasetParams, seed: int, index: int) -> int:
-    """Of the scene that the source `generated` draws there."""
+    """Size of the scene that the source `generated` draws at `index`."""
     rng = randomness.generator(seed, "scene", index)
     scene = scenes.draw_scene(rng, new=bool(rng.random() < params.new_fraction))
     return len(scenes.png_bytes(scenes.render(scene, rng)))
@@ -113,23 +113,23 @@ def _count_files(path: Path) -> Found:
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     sizes = [file.stat().st_size for file in path.rglob("*") if file.suffix.lower() in suffixes]
     if not sizes:
-        return Found(None, None, f"dataset.path = '{path}' holds no images yet")
+        return Found(None, None, f"dataset.path = '{path}' has no images yet")
     return Found(len(sizes), sum(sizes), f"about, the image files in {path}")
 
 
 def _count_rows(path: Path) -> Found:
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     if not files:
-        return Found(None, None, f"dataset.path = '{path}' holds no .parquet files yet")
+        return Found(None, None, f"dataset.path = '{path}' has no .parquet files yet")
     num_rows = sum(pq.read_metadata(file).num_rows for file in files)
     return Found(num_rows, sum(file.stat().st_size for file in files), f"about, the rows in {path}")
 
 
 def _count_members(path: Path) -> Found:
-    """Samples of WebDataset tars: those of the first, and as many per byte of the others."""
+    """Count the samples of WebDataset tars: those of the first, and as many per byte in the others."""
     files = [path] if path.is_file() else sorted(path.rglob("*.tar"))
     if not files:
-        return Found(None, None, f"dataset.path = '{path}' holds no .tar files yet")
+        return Found(None, None, f"dataset.path = '{path}' has no .tar files yet")
     with tarfile.open(files[0]) as tar:
         paths = [Path(member.name) for member in tar if member.isfile()]
     samples = {(path.parent, path.name.split(".")[0]) for path in paths}
@@ -139,15 +139,15 @@ def _count_members(path: Path) -> Found:
 
 
 def _ask_card(params: DatasetParams) -> Found:
-    """What a hub data set's card says: `push_to_hub` of Datasets writes there how many rows and bytes a split has."""
+    """Read a hub data set's card, where `push_to_hub` of Datasets writes each split's number of rows and bytes."""
     instead = "set dataset.source: imagefolder and dataset.path to a folder on this machine, or use 'generated'"
     try:
         with asking_hub("dataset.repo", params.repo, params.revision, instead):
             info = HfApi().dataset_info(params.repo, revision=params.revision, timeout=TIMEOUT_S)
     except InputError as fault:
         return Found(None, None, str(fault))
-    told = info.card_data.to_dict().get("dataset_info", []) if info.card_data else []
-    configs = [config for config in (told if isinstance(told, list) else [told]) if isinstance(config, dict)]
+    listed = info.card_data.to_dict().get("dataset_info", []) if info.card_data else []
+    configs = [config for config in (listed if isinstance(listed, list) else [listed]) if isinstance(config, dict)]
     default = [config for config in configs if config.get("config_name") == "default"] or configs
     splits = default[0].get("splits", []) if len(default) == 1 else []
     for split in splits:

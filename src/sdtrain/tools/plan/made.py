@@ -1,4 +1,4 @@
-"""Which of the stages' folders are there and hold what a params file asks for."""
+"""Which of the stages' folders exist and match a params file."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Made:
     dataset: bool
     latents: bool
     stale: list[str]
-    """Why a folder that is there can't."""
+    """Why a folder that exists can't."""
 
     def why_not(self, folder: Path) -> str:
         """Why the folder can't be counted, as the end of a sentence."""
@@ -28,10 +28,10 @@ class Made:
 
 
 def find_made(params: Params, files: TrainFiles, dataset: Path) -> Made:
-    """Hold each folder's manifest against the params.
+    """Compare each folder's manifest with the params.
 
     A manifest records where a data set came from, not how it was split, so a change of `dataset.validation_fraction` or
-    `dataset.max_train_samples` shows only once DVC has rerun the stage.
+    `dataset.max_train_samples` isn't noticed until DVC has rerun the stage.
     """
     stale: list[str] = []
     base = _is_made(files.base, stale, lambda: _check_base(params.base, files.base))
@@ -56,7 +56,7 @@ def _is_made(folder: Path, stale: list[str], check: Callable[[], None]) -> bool:
 
 
 def _check_base(params: BaseParams, folder: Path) -> None:
-    """Check that data/base was gathered from what these params name; a folder without a manifest was named by hand."""
+    """Check that data/base was gathered from what these params name; a folder without a manifest was given by hand."""
     if not (folder / "manifest.json").exists() and (folder / "unet" / "config.json").exists():
         return
     sources = BaseManifest.read(folder).sources
@@ -78,7 +78,7 @@ def _check_dataset(params: DatasetParams, folder: Path) -> None:
 
 
 def _check_latents(params: Params, files: TrainFiles) -> None:
-    """Check that data/latents was made with these params and by the VAE and tokenizer that lie in data/base."""
+    """Check that data/latents was made with these params and the VAE and tokenizer of data/base."""
     manifest = LatentsManifest.read(files.latents)
     check_cache(manifest, params.precompute, params.seed, files.latents)
     has_base = (files.base / "manifest.json").exists()
