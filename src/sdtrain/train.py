@@ -132,7 +132,7 @@ def write_outs(run: Run, step: int) -> None:
     with new_folder(files.checkpoints) as folder:
         for rank, best in enumerate(run.best, start=1):
             place = folder / ("best" if rank == 1 else f"best-{rank}")
-            # With the current record: the run may have been extended since the checkpoint was saved.
+            # With the run's current provenance: it may have been extended since the checkpoint was saved.
             copy_checkpoint(run.store.checkpoint(best.step), place, run.provenance())
         save_checkpoint(folder / "last", run.trainer.method, run.trainer.ema, run.config(step))
     run.curves.write(files.train_curve, files.speed_curve, files.validation_curve)

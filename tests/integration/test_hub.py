@@ -457,7 +457,7 @@ LOCAL_BASE = "set base.source: local and base.path to a Diffusers folder on this
         ),
         (
             {"repo": "acme/not--a-name"},
-            "base.repo = 'acme/not--a-name': not a name that the hub allows: "
+            "base.repo = 'acme/not--a-name': not a valid name on the hub: "
             "Cannot have -- or .. in repo_id: 'acme/not--a-name'.",
         ),
     ],
@@ -992,7 +992,7 @@ def test_a_data_file_that_arrives_damaged_twice_is_refused(hub, client, images, 
     hub.misbehave(repo, path, whole)
     message = refusal(client.build_dataset, out, repo=repo, **HUB_DATA)
     assert message.startswith(f"dataset.repo = '{repo}': {path} at commit {commit}: has ")
-    assert "also when fetched again; nothing of it is kept" in message
+    assert "also when fetched again; it isn't kept" in message
 
 
 @pytest.mark.parametrize(("layout", "path"), DATA_FILES)

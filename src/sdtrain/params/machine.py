@@ -91,7 +91,7 @@ def count_micro_batches(params: TrainParams, num_processes: int) -> int:
 
 
 def check_processes(params: TrainParams) -> None:
-    """Check that the effective batch can be split among the processes, and that there are GPUs for all or none.
+    """Check that the effective batch can be split among the processes, and that each has its own GPU if there are any.
 
     Raises:
         InputError: it can't, there are too few GPUs, or `NPROC` or `NNODES` isn't a number.

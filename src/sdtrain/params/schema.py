@@ -194,7 +194,7 @@ class TrainParams(Section):
     """Optimizer steps between saved states; one is also saved at the end and on SIGINT and SIGTERM."""
     num_saved_runs: PositiveInt
     """Runs whose newest saved states are kept, this one included; when a run starts, others are deleted, finished
-    ones first. As many unfinished others are kept."""
+    ones first. Of unfinished others, up to this many are kept."""
     num_best_checkpoints: PositiveInt
     """Checkpoints kept by held-out loss: `best`, `best-2`, …; the `last` is kept as well."""
     early_stopping_patience: PositiveInt | None
