@@ -8,18 +8,15 @@ import sys
 from functools import partial
 from signal import Signals
 
-from PIL import Image
-
 from sdtrain.ground.files import disk_errors_explained, new_folder, write_json
 from sdtrain.methods.checkpoints import copy_checkpoint, save_checkpoint
-from sdtrain.models.ema import averaged
-from sdtrain.models.pipelines import generate
 from sdtrain.params.schema import Params
 from sdtrain.training.files import TrainFiles
 from sdtrain.training.interruption import Interruption
-from sdtrain.training.run import Run, held_out_losses, start_run
+from sdtrain.training.run import Run, start_run
 from sdtrain.training.selection import Candidate, ranked
 from sdtrain.training.step import optimizer_step
+from sdtrain.training.validation import validate
 
 
 def train(params: Params, files: TrainFiles) -> None:
@@ -64,7 +61,7 @@ def train(params: Params, files: TrainFiles) -> None:
 def validate_and_keep(run: Run, step: int) -> None:
     """Validate after `step` steps, and keep the checkpoint if it is one of the best."""
     trainer = run.trainer
-    losses, images = validate(run)
+    losses, images = validate(trainer, run.held_out, run.trackers.show_images)
     run.trackers.validation_row(run.curves.add_validation(step, run.held_out.timesteps.tolist(), losses), images)
     loss = run.curves.validation_losses(step)["raw" if trainer.ema is None else "ema"]
     best = ranked(run.best, Candidate(step=step, loss=loss), run.spec.params.train.num_best_checkpoints)
@@ -75,27 +72,6 @@ def validate_and_keep(run: Run, step: int) -> None:
             run.store.tidy([candidate.step for candidate in best])
     trainer.accelerator.wait_for_everyone()
     run.curves.restart_clock()
-
-
-def validate(run: Run) -> tuple[dict[str, list[float]], list[Image.Image]]:
-    """Held-out loss at each timestep of the `raw` weights and, if kept, the `ema`; and images drawn with the latter."""
-    trainer, validation, images = run.trainer, run.spec.params.validation, []
-    losses = {"raw": held_out_losses(trainer, run.held_out, trainer.scheduler)}
-    with averaged(trainer.weights.values(), trainer.ema):
-        if trainer.ema is not None:
-            losses["ema"] = held_out_losses(trainer, run.held_out, trainer.scheduler)
-        if run.trackers.show_images:
-            trainer.method.trained.eval()
-            images = generate(
-                trainer.method.pipeline(trainer.scheduler),
-                validation.prompts,
-                list(range(len(validation.prompts))),
-                batch_size=validation.batch_size,
-                num_inference_steps=validation.num_inference_steps,
-                guidance_scale=validation.guidance_scale,
-            )
-            trainer.method.trained.train()
-    return losses, images
 
 
 def save(run: Run, step: int) -> None:

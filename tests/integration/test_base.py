@@ -1,6 +1,5 @@
 """The base model from local parts, and a UNet of one's own structure."""
 
-
 import pytest
 import torch
 

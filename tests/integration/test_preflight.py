@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json, sha256_file, write_json
-from sdtrain.training import preflight
+from sdtrain.training import disk, memory, preflight
 from sdtrain.training.memory import Costs
 
 
@@ -108,19 +108,19 @@ COSTS = Costs(10, 100 << 30, 100 << 30, 200 << 30, 100 << 30, 1 << 30, 1 << 30)
 
 def test_a_full_disk_is_told_before_training(tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: free._replace(free=5 << 30))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: free._replace(free=5 << 30))
     with pytest.raises(InputError, match=r"has 5.0 GiB free, saved states and checkpoints need 1800.0 GiB"):
-        preflight.check_disk(COSTS, 1, tmp_path / "resume", tmp_path / "out", 0)
+        disk.check_disk(COSTS, 1, tmp_path / "resume", tmp_path / "out", 0)
     with pytest.raises(InputError, match=r"need 1700.0 GiB"):
-        preflight.check_disk(COSTS, 1, tmp_path / "resume", tmp_path / "out", 100 << 30)
+        disk.check_disk(COSTS, 1, tmp_path / "resume", tmp_path / "out", 100 << 30)
 
 
 def test_too_little_memory_is_told_before_training(monkeypatch, capsys):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(preflight, "total_memory_bytes", lambda _: 24 << 30)
+    monkeypatch.setattr(memory, "total_memory_bytes", lambda _: 24 << 30)
     with pytest.raises(InputError, match=r"alone need about 501.0 GiB, the cpu has 24.0 GiB; use train.optimizer"):
-        preflight.check_memory(COSTS, cpu)
-    preflight.check_memory(Costs(10, 1 << 30, 1 << 30, 2 << 30, 1 << 30, 1 << 30, 30 << 30), cpu)
+        memory.check_memory(COSTS, cpu)
+    memory.check_memory(Costs(10, 1 << 30, 1 << 30, 2 << 30, 1 << 30, 1 << 30, 30 << 30), cpu)
     assert "an estimated 36.0 GiB are needed, the cpu has 24.0 GiB; a smaller train.micro" in capsys.readouterr().out
 
 

@@ -18,7 +18,8 @@ from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import seal_folder
 from sdtrain.training.branching import find_origin
 from sdtrain.training.optimizer import build_optimizer
-from sdtrain.training.states import StateStore, _flat, _nested, read_head
+from sdtrain.training.state_files import flat_state, nested_state, read_head
+from sdtrain.training.states import StateStore
 
 STEPS = {"max_steps": 6, "save_every_n_steps": 2, "log_every_n_steps": 4}
 OPEN = {**STEPS, "lr_scheduler": "constant"}
@@ -203,7 +204,7 @@ def test_a_finished_run_that_is_taken_over_says_so_and_records_what_ran(workspac
     shutil.copytree(whole / "resume", tmp_path / "resume")
     run = workspace.train(tmp_path, train={**STEPS, "micro_batch_size": 4})
     out = capfd.readouterr().out
-    assert "already finished after 6 steps: its result is reused and nothing is trained" in out
+    assert "was already trained to its end (6 steps): that result is used and nothing is trained" in out
     assert "(train.micro_batch_size 8 there, 4 here: no effect); to train it again, set train.resume: never" in out
     for path in run.checkpoints.glob("*/training_config.json"):
         assert json.loads(path.read_text())["params"]["train"]["micro_batch_size"] == 8
@@ -391,8 +392,8 @@ def test_an_optimizer_state_of_any_shape_survives_the_disk():
     """As 8-bit AdamW's: nested, with numbers, and with one table shared by all parameters."""
     table = torch.arange(4.0)
     state = {number: {"step": 3, "quant": {"qmap1": table, "absmax": torch.ones(2)}} for number in (0, 1)}
-    tensors, scalars = _flat(state)
-    again = _nested({**tensors, **json.loads(json.dumps(scalars))})
+    tensors, scalars = flat_state(state)
+    again = nested_state({**tensors, **json.loads(json.dumps(scalars))})
     assert again["1"]["step"] == 3
     assert torch.equal(again["0"]["quant"]["qmap1"], table)
     assert len({tensor.data_ptr() for tensor in tensors.values()}) == len(tensors)

@@ -16,7 +16,8 @@ from sdtrain.ground.files import PARTIAL, read_json, seal_folder, write_json
 from sdtrain.ground.manifests import encoders_fingerprint
 from sdtrain.params.load import check_params
 from sdtrain.training.branching import find_origin
-from sdtrain.training.states import StateStore, read_head
+from sdtrain.training.state_files import read_head
+from sdtrain.training.states import StateStore
 from tests.conftest import shrunk_tree
 from tests.integration.test_resume import OPEN, STEPS, assert_same, branch, files_of, newest, states_in
 

@@ -14,7 +14,8 @@ from sdtrain.methods.checkpoints import is_checkpoint
 from sdtrain.methods.method import Method
 from sdtrain.params.schema import TrainParams
 from sdtrain.training.identity import describe, differences, fingerprint
-from sdtrain.training.states import Record, check_state, entries_in, load_state, read_head, read_record, set_average
+from sdtrain.training.state_files import Record, check_state, load_state, read_head, read_record, set_average
+from sdtrain.training.states import entries_in
 
 
 class _CheckpointHead(Record):

@@ -5,13 +5,12 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-from sdtrain.evaluation import held_out
 from sdtrain.ground.files import sha256_file, sha256_json
 from sdtrain.ground.imports import SOURCE, import_closure
 from sdtrain.ground.manifests import BaseManifest, LatentsManifest
 from sdtrain.methods import METHODS, method
 from sdtrain.params.schema import Params
-from sdtrain.training import step
+from sdtrain.training import selection, step, validation
 from sdtrain.training.files import TrainFiles
 from sdtrain.training.optimizer import OPEN_ENDED
 
@@ -83,14 +82,15 @@ def describe(found: dict[str, tuple]) -> str:
 
 
 def code_hashes(method_name: str) -> dict[str, str]:
-    """SHA-256 of the modules that compute: the step, the held-out loss, this method, and all that they import.
+    """SHA-256 of the modules that compute: the step, the validation, the choice of the best, this method, and all that
+    they import.
 
     Modules that only check, save or print aren't among them: a new wording doesn't make another run.
 
     Raises:
         ImportError: one of them imports a module of this package that can't be found.
     """
-    computing = (step, held_out, method, inspect.getmodule(METHODS[method_name].build))
+    computing = (step, validation, selection, method, inspect.getmodule(METHODS[method_name].build))
     files = [Path(module.__file__).resolve() for module in computing]
     found = {_module_name(file): file for file in files}
     found |= import_closure(files, {"sdtrain": SOURCE}, skip=_NOT_COMPUTING)

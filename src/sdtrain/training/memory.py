@@ -10,7 +10,9 @@ import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,10 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 from sdtrain.data.batches import Batch
 from sdtrain.ground.diffusion import Objective
+from sdtrain.ground.errors import InputError
 from sdtrain.methods import build_method
 from sdtrain.methods.method import Method, enable_gradient_checkpointing, trained_parameters
-from sdtrain.models.parts import Configs, meta_parts
-from sdtrain.params.schema import Section, TrainParams
+from sdtrain.models.parts import Configs, meta_parts, read_configs
+from sdtrain.params.schema import Params, Section, TrainParams
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The UNet's part of CUDA autocast's lists (ATen/autocast_mode.h); the CPU's autocast casts none of _IN_FP32.
@@ -107,6 +110,41 @@ def training_costs(configs: Configs, method: Section, train: TrainParams, latent
             train.gradient_checkpointing,
         ),
     )
+
+
+def estimate_costs(params: Params, base: Path, latent_shape: tuple[int, int, int]) -> Costs:
+    """Estimate what training on this base needs.
+
+    Raises:
+        InputError: a config of the base isn't there.
+    """
+    return training_costs(read_configs(base), params.method, params.train, latent_shape)
+
+
+def check_memory(costs: Costs, device: torch.device) -> None:
+    """Check that weights, gradients and optimizer fit into the device's memory; warns if the batch doesn't.
+
+    Raises:
+        InputError: names the estimate and the device's memory.
+    """
+    total = total_memory_bytes(device)
+    if costs.lasting_bytes > total:
+        raise InputError(
+            f"weights, gradients, optimizer and EMA alone need about {costs.lasting_bytes / 2**30:.1f} GiB, the "
+            f"{device.type} has {total / 2**30:.1f} GiB; use train.optimizer: adamw_8bit, or train.use_ema: false"
+        )
+    if costs.memory_bytes > total:
+        print(
+            f"warning: an estimated {costs.memory_bytes / 2**30:.1f} GiB are needed, the {device.type} has "
+            f"{total / 2**30:.1f} GiB; a smaller train.micro_batch_size or train.gradient_checkpointing: true helps"
+        )
+
+
+def total_memory_bytes(device: torch.device) -> int:
+    """Memory of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
 
 
 def _meta_batch(configs: Configs, method: Method, size: int, latent_shape: tuple[int, int, int]) -> Batch:

@@ -1,21 +1,21 @@
 """Checks before the first step, so that hours aren't spent on a run that can't succeed."""
 
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
-import psutil
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor
 
 from sdtrain.data.shards import LatentShards, read_probe
+from sdtrain.evaluation.held_out import HeldOut
+from sdtrain.ground.diffusion import PredictionType
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.files import existing
-from sdtrain.ground.manifests import LatentsManifest
-from sdtrain.models.parts import read_configs
-from sdtrain.params.schema import Params, PrecomputeParams
-from sdtrain.training.memory import Costs, training_costs
+from sdtrain.ground.manifests import BaseManifest, LatentsManifest
+from sdtrain.training.memory import Costs, check_memory, estimate_costs
+from sdtrain.training.spec import RunSpec
+from sdtrain.training.trainer import Trainer
+from sdtrain.training.validation import held_out_losses, held_out_shards
 
 _STD_RANGE = (0.4, 2.5)
 """Of scaled latents: about 1 if scaled once; with SD's factor about 5.5 if unscaled, and 0.18 if scaled twice."""
@@ -24,34 +24,47 @@ _MIN_PSNR_DB = 12.0
 _MAX_CACHE_ERROR = 0.05
 """Relative L2 distance of cached and recomputed means; float16 storage and another device's kernels are far below."""
 
-MAX_STATES = 3
-"""Saved states of a run on disk at once: two are kept, and the next is written before the older one is deleted."""
 
-
-def estimate_costs(params: Params, base: Path, latent_shape: tuple[int, int, int]) -> Costs:
-    """Estimate what training on this base needs.
+def check_run(spec: RunSpec, trainer: Trainer) -> Costs:
+    """Check cache, VAE and memory before the first step, and say what was found; returns what the run needs.
 
     Raises:
-        InputError: a config of the base isn't there.
+        InputError: names what is wrong.
     """
-    return training_costs(read_configs(base), params.method, params.train, latent_shape)
+    train, files, accelerator = spec.params.train, spec.files, trainer.accelerator
+    costs = estimate_costs(spec.params, files.base, spec.cache.shape)
+    check_tokens(spec.cache, trainer.parts.text_encoder.config.vocab_size, files.latents)
+    check_memory(costs, accelerator.device)
+    first = trainer.batches.make(0, range(min(train.batch_size, 64)), accelerator.device)
+    std = check_latents(first.latents)
+    psnr = check_vae(trainer.parts.vae, held_out_shards(files), files.latents)
+    base_type, own_type = trainer.parts.scheduler.config.prediction_type, train.prediction_type
+    if base_type != own_type:
+        accelerator.print(
+            f"train.prediction_type = {own_type!r}, the base predicts {base_type!r}: the model has to learn "
+            "another prediction type"
+        )
+    accelerator.print(
+        f"run {spec.fingerprint}: latents' std {std:.2f}, VAE round trip {psnr:.1f} dB, "
+        f"{costs.num_parameters:,} parameters, about {costs.memory_bytes / 2**30:.1f} GiB of memory"
+    )
+    return costs
 
 
-def check_cache(manifest: LatentsManifest, precompute: PrecomputeParams, seed: int, latents: Path) -> None:
-    """Check that the latent cache was made with these params.
+def check_base(spec: RunSpec, trainer: Trainer, held_out: HeldOut) -> list[float]:
+    """Check the base's held-out loss; returns it at each timestep.
 
     Raises:
-        InputError: names what differs.
+        InputError: as `check_base_loss`.
     """
-    ours = {**precompute.model_dump(exclude={"batch_size"}), "seed": seed}
-    theirs = {**manifest.params, "seed": manifest.seed}
-    for name, value in ours.items():
-        if theirs.get(name) != value:
-            key = name if name == "seed" else f"precompute.{name}"
-            raise InputError(
-                f"{latents} was made with {key} = {theirs.get(name)!r}, params.yaml says {value!r}; "
-                "run `dvc repro precompute`"
-            )
+    losses, base_scheduler = {}, trainer.parts.scheduler
+    for prediction_type in get_args(PredictionType):
+        scheduler = DDPMScheduler.from_config(base_scheduler.config, prediction_type=prediction_type)
+        losses[prediction_type] = held_out_losses(trainer, held_out, scheduler)
+    means = {name: sum(values) / len(values) for name, values in losses.items()}
+    from_scratch = BaseManifest.read(spec.files.base).is_from_scratch
+    check_base_loss(means, base_scheduler.config.prediction_type, from_scratch)
+    return losses[base_scheduler.config.prediction_type]
 
 
 def check_tokens(manifest: LatentsManifest, vocabulary_size: int, latents: Path) -> None:
@@ -137,72 +150,3 @@ def check_base_loss(losses: dict[str, float], prediction_type: str, from_scratch
             f"the base's held-out loss is {loss:.3f}, expected below 1 (predicting zero gives 1); "
             "the VAE may not be the UNet's own, or the UNet isn't trained"
         )
-
-
-@dataclass(frozen=True)
-class DiskNeeds:
-    """Peak size of what a run writes."""
-
-    states_bytes: int
-    """In the folder of saved states, the best checkpoints so far included."""
-    checkpoints_bytes: int
-    """In data/checkpoints."""
-
-
-def disk_needs(costs: Costs, num_best: int) -> DiskNeeds:
-    """Disk space of a run of these costs with `num_best` best checkpoints.
-
-    Counted with the states: the best checkpoints, one that only the older state refers to, and one being written.
-    There can be more if a run validates more often than it saves.
-    """
-    states_bytes = MAX_STATES * costs.state_bytes + (num_best + 2) * costs.checkpoint_bytes
-    return DiskNeeds(states_bytes, (num_best + 1) * costs.checkpoint_bytes)
-
-
-def check_disk(costs: Costs, num_best: int, states: Path, out: Path, saved_bytes: int) -> None:
-    """Check that saved states and checkpoints will fit on the disk.
-
-    Args:
-        saved_bytes: what this run already uses in `states`.
-
-    Raises:
-        InputError: names the needed and the free space.
-    """
-    needed = disk_needs(costs, num_best)
-    by_disk: dict[int, int] = {}
-    for folder, num_bytes in ((states, needed.states_bytes - saved_bytes), (out, needed.checkpoints_bytes)):
-        place = existing(folder)
-        device = place.stat().st_dev
-        by_disk[device] = by_disk.get(device, 0) + num_bytes
-        free = shutil.disk_usage(place).free
-        if by_disk[device] > free:
-            raise InputError(
-                f"{place} has {free / 2**30:.1f} GiB free, saved states and checkpoints need "
-                f"{by_disk[device] / 2**30:.1f} GiB; free some space (saved states of other runs are in {states})"
-            )
-
-
-def check_memory(costs: Costs, device: torch.device) -> None:
-    """Check that weights, gradients and optimizer fit into the device's memory; warns if the batch doesn't.
-
-    Raises:
-        InputError: names the estimate and the device's memory.
-    """
-    total = total_memory_bytes(device)
-    if costs.lasting_bytes > total:
-        raise InputError(
-            f"weights, gradients, optimizer and EMA alone need about {costs.lasting_bytes / 2**30:.1f} GiB, the "
-            f"{device.type} has {total / 2**30:.1f} GiB; use train.optimizer: adamw_8bit, or train.use_ema: false"
-        )
-    if costs.memory_bytes > total:
-        print(
-            f"warning: an estimated {costs.memory_bytes / 2**30:.1f} GiB are needed, the {device.type} has "
-            f"{total / 2**30:.1f} GiB; a smaller train.micro_batch_size or train.gradient_checkpointing: true helps"
-        )
-
-
-def total_memory_bytes(device: torch.device) -> int:
-    """Memory of the GPU, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total

@@ -4,33 +4,31 @@ import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import get_args
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from diffusers import DDPMScheduler, SchedulerMixin
 from torch.optim.lr_scheduler import LRScheduler
 
-from sdtrain.data.shards import LatentShards
 from sdtrain.evaluation.held_out import HeldOut
-from sdtrain.ground.diffusion import PredictionType
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.manifests import BaseManifest, check_base_files, check_latent_files, encoders_fingerprint
+from sdtrain.ground.manifests import check_base_files, check_latent_files
 from sdtrain.params.machine import check_trackers
 from sdtrain.params.schema import Params
-from sdtrain.training import preflight
 from sdtrain.training.curves import Curves
 from sdtrain.training.devices import build_accelerator
+from sdtrain.training.disk import check_disk
 from sdtrain.training.files import TrainFiles
 from sdtrain.training.identity import describe, differences, git_commit
-from sdtrain.training.memory import Costs
 from sdtrain.training.optimizer import build_lr_scheduler
+from sdtrain.training.preflight import check_base, check_run
 from sdtrain.training.selection import Candidate, has_stalled
 from sdtrain.training.spec import RunSpec, read_spec
-from sdtrain.training.states import StateHead, StateStore, load_state
+from sdtrain.training.state_files import StateHead, load_state
+from sdtrain.training.states import StateStore
 from sdtrain.training.step import weights_norm
 from sdtrain.training.trackers import Trackers
 from sdtrain.training.trainer import Trainer, build_trainer
+from sdtrain.training.validation import build_held_out
 
 
 @dataclass
@@ -112,18 +110,22 @@ def start_run(params: Params, files: TrainFiles) -> Run:
             spec.origin.verify()
     accelerator.wait_for_everyone()
     trainer = build_trainer(params, files, accelerator)
-    held_out = _held_out(spec, trainer)
-    costs = _check(spec, trainer, store)
+    held_out = build_held_out(trainer, files)
+    costs = check_run(spec, trainer)
+    if accelerator.is_main_process:
+        store.prune(params.train.num_saved_runs, spare=spec.origin.folder if spec.origin else None)
+        if params.train.resume == "never":
+            store.clear()
     saved = _agreed_state(store, spec.num_steps, accelerator)
     if accelerator.is_main_process:
         best = params.train.num_best_checkpoints
-        preflight.check_disk(costs, best, files.states, files.checkpoints, store.size_bytes())
+        check_disk(costs, best, files.states, files.checkpoints, store.size_bytes())
     if saved:
         head = _restore(spec, trainer, saved)
         run = _open(spec, trainer, held_out, store, head, head.num_updates)
         run.curves.last_good = f"the last good state is {saved}"
     else:
-        base_losses, num_updates = _check_base(spec, trainer, held_out), _branch(spec, trainer)
+        base_losses, num_updates = check_base(spec, trainer, held_out), _branch(spec, trainer)
         run = _open(spec, trainer, held_out, store, None, num_updates)
         kinds = ("raw",) if trainer.ema is None else ("raw", "ema")
         row = run.curves.add_validation(0, held_out.timesteps.tolist(), dict.fromkeys(kinds, base_losses))
@@ -132,57 +134,6 @@ def start_run(params: Params, files: TrainFiles) -> Run:
         if accelerator.is_main_process and params.train.resume == "auto" and (why := store.why_none()):
             print(why)
     return run
-
-
-def held_out_losses(trainer: Trainer, held_out: HeldOut, scheduler: SchedulerMixin) -> list[float]:
-    """Mean held-out loss at each timestep of the current weights, computed by all processes together."""
-    with trainer.accelerator.autocast():
-        losses = held_out.losses(trainer.method, scheduler, trainer.share)
-    return trainer.accelerator.reduce(losses, "sum").mean(dim=0).tolist()
-
-
-def _held_out(spec: RunSpec, trainer: Trainer) -> HeldOut:
-    shards, validation = _held_out_shards(spec), spec.params.validation
-    shards.check_columns(trainer.method.columns)
-    return HeldOut(
-        shards,
-        trainer.parts.vae.config.scaling_factor,
-        num_train_timesteps=trainer.scheduler.config.num_train_timesteps,
-        num_timesteps=validation.num_timesteps,
-        max_samples=validation.max_samples,
-        batch_size=validation.batch_size,
-    )
-
-
-def _held_out_shards(spec: RunSpec) -> LatentShards:
-    return LatentShards(spec.files.latents, "validation", encoders_fingerprint(spec.files.base))
-
-
-def _check(spec: RunSpec, trainer: Trainer, store: StateStore) -> Costs:
-    """Make the checks before the first step, and make room for saved states; returns what the run needs."""
-    train, files, accelerator = spec.params.train, spec.files, trainer.accelerator
-    costs = preflight.estimate_costs(spec.params, files.base, spec.cache.shape)
-    preflight.check_tokens(spec.cache, trainer.parts.text_encoder.config.vocab_size, files.latents)
-    preflight.check_memory(costs, accelerator.device)
-    first = trainer.batches.make(0, range(min(train.batch_size, 64)), accelerator.device)
-    std = preflight.check_latents(first.latents)
-    psnr = preflight.check_vae(trainer.parts.vae, _held_out_shards(spec), files.latents)
-    if not accelerator.is_main_process:
-        return costs
-    store.prune(train.num_saved_runs, spare=spec.origin.folder if spec.origin else None)
-    if train.resume == "never":
-        store.clear()
-    base_type, own_type = trainer.parts.scheduler.config.prediction_type, train.prediction_type
-    if base_type != own_type:
-        print(
-            f"train.prediction_type = {own_type!r}, the base predicts {base_type!r}: the model has to learn "
-            "another prediction type"
-        )
-    print(
-        f"run {store.fingerprint}: latents' std {std:.2f}, VAE round trip {psnr:.1f} dB, "
-        f"{costs.num_parameters:,} parameters, about {costs.memory_bytes / 2**30:.1f} GiB of memory"
-    )
-    return costs
 
 
 def _agreed_state(store: StateStore, num_steps: int, accelerator: Accelerator) -> Path | None:
@@ -219,19 +170,6 @@ def _branch(spec: RunSpec, trainer: Trainer) -> int:
     differs = spec.branch["differences"]
     trainer.accelerator.print(f"branches from step {origin.step} of {origin.folder}{reset}; differs in {differs}")
     return 0 if "scheduler" in origin.reset else num_updates
-
-
-def _check_base(spec: RunSpec, trainer: Trainer, held_out: HeldOut) -> list[float]:
-    """Check the base's held-out loss; returns it at each timestep."""
-    losses, base_scheduler = {}, trainer.parts.scheduler
-    for prediction_type in get_args(PredictionType):
-        scheduler = DDPMScheduler.from_config(base_scheduler.config, prediction_type=prediction_type)
-        losses[prediction_type] = held_out_losses(trainer, held_out, scheduler)
-    means = {name: sum(values) / len(values) for name, values in losses.items()}
-    preflight.check_base_loss(
-        means, base_scheduler.config.prediction_type, BaseManifest.read(spec.files.base).is_from_scratch
-    )
-    return losses[base_scheduler.config.prediction_type]
 
 
 def _open(
@@ -275,7 +213,7 @@ def _take_over(run: Run, trained_with: dict) -> None:
     }
     without_effect = f" ({describe(unused)}: no effect)" if unused else ""
     run.trainer.accelerator.print(
-        f"run {run.spec.fingerprint} already finished after {run.first_step} steps: its result is reused and "
+        f"run {run.spec.fingerprint} was already trained to its end ({run.first_step} steps): that result is used and "
         f"nothing is trained{without_effect}; to train it again, set train.resume: never"
     )
     run.trained_with = trained_with

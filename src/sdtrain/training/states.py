@@ -18,13 +18,11 @@ import socket
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
@@ -43,41 +41,20 @@ from sdtrain.ground.files import (
     write_json,
 )
 from sdtrain.training.identity import describe, differences, fingerprint
-from sdtrain.training.selection import Candidate
+from sdtrain.training.state_files import (
+    FORMAT_VERSION,
+    Record,
+    StateHead,
+    check_state,
+    flat_state,
+    read_head,
+    read_record,
+)
 
-_FORMAT_VERSION = 2
 _NUM_KEPT = 2
 """States kept of a run: the newest, and the one before it in case the newest is damaged."""
 _FINISHED = "finished.json"
 _STEP = re.compile(r"step-\d{8}")
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
-
-
-class StateHead(Record):
-    """state.json: what the state is, and everything in it that isn't a tensor."""
-
-    format_version: Literal[2]
-    step: NonNegativeInt
-    """Optimizer steps made."""
-    num_steps: NonNegativeInt
-    """Of the full run, when this was saved."""
-    fingerprint: str
-    identity: dict
-    best: list[Candidate]
-    """The best checkpoints so far."""
-    checkpoints: dict[str, str]
-    """SHA-256 of the `SHA256SUMS` of each best checkpoint, by its step."""
-    log: dict
-    run_name: str
-    num_updates: NonNegativeInt
-    ema_step: NonNegativeInt | None
-    scaler: dict | None
-    params: dict
-    """All params that the run was last trained with."""
-    optimizer_scalars: dict
 
 
 class _Owner(Record):
@@ -85,9 +62,6 @@ class _Owner(Record):
 
     pid: int | str
     host: str
-
-
-_AnyRecord = TypeVar("_AnyRecord", bound=Record)
 
 
 class StateStore:
@@ -207,7 +181,7 @@ class StateStore:
         """
         target = self.state(step)
         if not target.exists():  # it does if the run was resumed here, or has only validated since
-            tensors, scalars = _flat(optimizer.state_dict()["state"])
+            tensors, scalars = flat_state(optimizer.state_dict()["state"])
             files = {"weights": {name: parameter.detach().contiguous() for name, parameter in weights.items()}}
             if ema is not None:
                 files["ema"] = dict(zip(weights, ema.shadow_params, strict=True))
@@ -237,7 +211,7 @@ class StateStore:
             for stem, tensors in files.items():
                 save_file(tensors, folder / f"{stem}.safetensors")
             head = {
-                "format_version": _FORMAT_VERSION,
+                "format_version": FORMAT_VERSION,
                 "step": step,
                 "fingerprint": self.fingerprint,
                 "identity": self.identity,
@@ -333,125 +307,6 @@ def _set_aside(path: Path) -> str:
         return f"{path.name} is kept as {set_aside(path).relative_to(path.parent.parent)}"
     except OSError as error:
         raise InputError(f"{path} is damaged, and can't be renamed ({error}); move it elsewhere") from None
-
-
-def read_head(folder: Path) -> StateHead:
-    """Read a saved state's head.
-
-    Raises:
-        InputError: its state.json is missing, broken, or has another format version.
-    """
-    path = folder / "state.json"
-    tree = read_json(path)
-    version = tree.get("format_version", _FORMAT_VERSION) if isinstance(tree, dict) else _FORMAT_VERSION
-    if version != _FORMAT_VERSION:
-        raise InputError(
-            f"{folder}: format_version {version}, this code reads {_FORMAT_VERSION}; delete the folder, or use the "
-            "sdtrain that wrote it"
-        )
-    return read_record(StateHead, path, tree)
-
-
-def check_state(folder: Path) -> StateHead:
-    """Check that every file of a saved state is what was written; returns its head.
-
-    Raises:
-        InputError: names what is missing or changed.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder} isn't a folder")
-    head = read_head(folder)
-    check_sealed(folder)
-    if head.fingerprint != fingerprint(head.identity):
-        raise InputError(f"{folder / 'state.json'}: its identity doesn't match its fingerprint {head.fingerprint}")
-    return head
-
-
-def read_record(kind: type[_AnyRecord], path: Path, tree: Any) -> _AnyRecord:
-    """Parse the JSON tree of a file.
-
-    Raises:
-        InputError: names the file and the first thing that is wrong.
-    """
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise InputError(f"{path}: {'.'.join(map(str, fault['loc'])) or 'its content'}: {fault['msg']}") from None
-
-
-def load_state(
-    folder: Path, weights: dict[str, nn.Parameter], ema: EMAModel | None, optimizer: Optimizer | None
-) -> StateHead:
-    """Load weights, average and moments of a saved state, in place; skips parts that are None. Returns the head.
-
-    Raises:
-        InputError: the state's weights have another structure.
-    """
-    head = read_head(folder)
-    _copy(folder, load_file(folder / "weights.safetensors"), weights)
-    if ema is not None and head.ema_step is not None:
-        _copy(folder, load_file(folder / "ema.safetensors"), dict(zip(weights, ema.shadow_params, strict=True)))
-        ema.optimization_step = head.ema_step
-    elif ema is not None:  # branched from a run without one: it starts here
-        set_average(ema, weights, 0)
-    if optimizer is not None:
-        state = _nested({**load_file(folder / "optimizer.safetensors"), **head.optimizer_scalars})
-        state = {int(index): values for index, values in state.items()}
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return head
-
-
-@torch.no_grad()
-def _copy(folder: Path, saved: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> None:
-    """Copy saved tensors into ours, by name."""
-    differ = sorted(
-        name for name in saved.keys() | ours.keys()
-        if name not in saved or name not in ours or saved[name].shape != ours[name].shape
-    )  # fmt: skip
-    if differ:
-        raise InputError(
-            f"{folder}: its weights don't match this run's: {len(differ)} tensors differ in name or shape, "
-            f"{', '.join(differ[:3])}{', …' if len(differ) > 3 else ''}"
-        )
-    for name, tensor in ours.items():
-        tensor.copy_(saved[name])
-
-
-@torch.no_grad()
-def set_average(ema: EMAModel, weights: dict[str, nn.Parameter], num_updates: int) -> None:
-    """Set the average to these weights, and its number of updates."""
-    for ours, theirs in zip(ema.shadow_params, weights.values(), strict=True):
-        ours.copy_(theirs)
-    ema.optimization_step = num_updates
-
-
-def _flat(state: dict, prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state by path (`3/exp_avg`): tensors, which share no memory, and everything else."""
-    tensors, scalars = {}, {}
-    for key, value in state.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, dict):
-            deeper = _flat(value, f"{path}/")
-            tensors |= deeper[0]
-            scalars |= deeper[1]
-        elif isinstance(value, torch.Tensor):
-            tensors[path] = value.detach().clone(memory_format=torch.contiguous_format)
-        else:
-            scalars[path] = value
-    return tensors, scalars
-
-
-def _nested(flat: dict[str, Any]) -> dict:
-    """The inverse of `_flat`, with all keys as text."""
-    tree: dict = {}
-    for path, value in flat.items():
-        *parents, key = path.split("/")
-        place = tree
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[key] = value
-    return tree
 
 
 def entries_in(folder: Path) -> list[Path]:

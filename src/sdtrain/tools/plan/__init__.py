@@ -24,9 +24,8 @@ from sdtrain.tools.plan.made import Made, find_made
 from sdtrain.tools.plan.sizes import gib
 from sdtrain.training.devices import build_accelerator
 from sdtrain.training.files import TrainFiles
-from sdtrain.training.memory import Costs, training_costs
+from sdtrain.training.memory import Costs, total_memory_bytes, training_costs
 from sdtrain.training.optimizer import build_lr_scheduler, check_warmup, count_steps, peak_lr
-from sdtrain.training.preflight import total_memory_bytes
 from sdtrain.training.spec import read_spec
 from sdtrain.training.states import StateStore
 from sdtrain.training.step import optimizer_step

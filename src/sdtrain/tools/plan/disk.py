@@ -13,8 +13,8 @@ from sdtrain.tools.plan.base import Base
 from sdtrain.tools.plan.images import Images
 from sdtrain.tools.plan.made import Made
 from sdtrain.tools.plan.sizes import size
+from sdtrain.training.disk import MAX_STATES, disk_needs
 from sdtrain.training.memory import Costs
-from sdtrain.training.preflight import MAX_STATES, disk_needs
 
 _ID_BYTES = 38
 """Of an image's id in the head of a latent shard: 32 characters, quotes with their backslashes, comma, space."""

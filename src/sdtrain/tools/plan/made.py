@@ -9,7 +9,7 @@ from sdtrain.ground.manifests import BaseManifest, DatasetManifest, LatentsManif
 from sdtrain.params.schema import BaseParams, DatasetParams, Params
 from sdtrain.tools.plan.base import base_sources
 from sdtrain.training.files import TrainFiles
-from sdtrain.training.preflight import check_cache
+from sdtrain.training.spec import check_cache
 
 
 @dataclass(frozen=True)
