@@ -450,7 +450,7 @@ def test_a_large_cache_is_at_least_of_the_right_structure(workspace, tmp_path, m
     latents = tmp_path / "latents"
     shutil.copytree(workspace.latents, latents)
     manifests.check_latent_files(latents)
-    assert "whose heads are checked but not their hashes" in capsys.readouterr().out
+    assert "their headers are checked, their hashes aren't" in capsys.readouterr().out
     STRUCTURE[name](latents)
     with pytest.raises(InputError, match=rf"{latents}.*dvc repro"):
         LatentShards(latents, "train", encoders_fingerprint(workspace.base))
