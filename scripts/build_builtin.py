@@ -1,20 +1,39 @@
-"""Build the tiny base model under data/builtin/: a real, small Stable Diffusion, trained from scratch.
+"""Build the tiny base model of data/builtin/ from nothing: a real, small Stable Diffusion, in one command.
 
-    python scripts/build_builtin.py vae             # AutoencoderKL, 8x down, 4 latent channels
-    python scripts/build_builtin.py text_encoder    # CLIPTokenizer and CLIPTextModel, contrastively
-    python scripts/build_builtin.py unet            # UNet2DConditionModel on KNOWN concepts only
-    python scripts/build_builtin.py assemble        # fp16 safetensors in the Diffusers layout, with their scores
+    python scripts/build_builtin.py                     # everything, from an emptied .build/
+    python scripts/build_builtin.py unet assemble       # for development: these parts, on what .build/ holds
 
-Each part leaves its weights in `.build/`, so that they can be run in this order one at a time. The
-seed and every hyperparameter are below; data/builtin/README.md records time, hardware and quality.
+The parts, in their order, with about the minutes that each takes on 2 cores of an x86-64 CPU, no GPU:
+
+    vae           15   AutoencoderKL, 8x down, 4 latent channels, on scenes and collages; 3,000 steps
+    text_encoder   2   CLIPTokenizer and CLIPTextModel. Captions are regressed onto what they say: the sum of fixed
+                       codes, one orthonormal code for every colour, shape, ... (no pictures, no contrast); 800 steps
+    unet          10   UNet2DConditionModel, as DDPM on that VAE's latents of KNOWN concepts only; 2,000 steps
+    assemble       3   all of it in fp16 in the Diffusers layout: the candidate, `.build/builtin/`. Candidate and
+                       data/builtin are then measured alike; both are printed and go to `.build/report.json`
+
+A part's folder appears in `.build/` when the part has ended, not before. A UNet knows which VAE and text
+encoder it was trained on, and isn't assembled with others. data/builtin/ is only read; to ship a candidate:
+
+    cp -r .build/builtin/. data/builtin/
+
+Every seed and hyperparameter is below. The number of threads is among them: sums are split by it, so it
+decides how they round, and the VAE's 3,000 steps carry a rounding far. The same bits need the same
+kind of CPU and the versions of constraints.txt as well. data/builtin/README.md has what was measured.
 """
 
+import argparse
 import json
 import math
 import os
+import platform
+import shutil
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin cost 3x the time beside other work
 
 import numpy as np
 import torch
@@ -24,10 +43,15 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from sdtrain import scenes  # noqa: E402
+from sdtrain.data import scenes  # noqa: E402
+from sdtrain.ground.diffusion import add_noise, mid_bin_timesteps  # noqa: E402
+from sdtrain.ground.errors import InputError  # noqa: E402
+from sdtrain.ground.files import new_folder, read_json, sha256_file, write_json  # noqa: E402
 
 BUILD = ROOT / ".build"
+SHIPPED = ROOT / "data" / "builtin"
 SEED = 20261121
+NUM_THREADS = 2
 
 VAE = {
     "in_channels": 3,
@@ -69,9 +93,22 @@ SCHEDULER = {  # Stable Diffusion 1.5's
     "clip_sample": False,
     "prediction_type": "epsilon",
 }
+VAE_SCENES, VAE_COLLAGES, UNET_SCENES = 12000, 3000, 10000
 VAE_STEPS, VAE_DECAY_STEPS, VAE_BATCH, VAE_LR, VAE_KL = 3000, 7000, 8, 0.02, 1e-8
 TEXT_STEPS, TEXT_BATCH, TEXT_LR = 800, 128, 1e-3
 UNET_STEPS, UNET_BATCH, UNET_LR = 2000, 32, 0.02
+TRAINED = ("vae", "text_encoder", "unet")
+NEEDS = {"vae": (), "text_encoder": (), "unet": ("vae", "text_encoder"), "assemble": TRAINED}
+"""Part: the parts that it takes from `.build/`."""
+FIELDS = ("color", "shape", "style", "size", "position", "background")
+HELD_OUT, PROMPTS, READ_CAPTIONS = 256, 200, 2000
+"""What a model is measured on: scenes for VAE and UNet, prompts of each kind, captions."""
+
+
+def values_of_fields() -> dict[str, list[str]]:
+    """Field of a scene: every value that a caption can give it."""
+    kinds = (scenes.COLORS, scenes.SHAPES, scenes.STYLES, scenes.RADII_PX, scenes.ANCHORS_PX, scenes.COLORS)
+    return {field: list(values) for field, values in zip(FIELDS, kinds, strict=True)}
 
 
 def render_world(num: int, rng: np.random.Generator, new_share: float = 0.5) -> tuple[np.ndarray, list[scenes.Scene]]:
@@ -107,6 +144,10 @@ def render_collage(rng: np.random.Generator) -> np.ndarray:
 def to_pixels(images: np.ndarray) -> torch.Tensor:
     """uint8 [B, H, W, 3] to float [B, 3, H, W] in -1..1."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def held_out_pixels() -> torch.Tensor:
+    return to_pixels(render_world(HELD_OUT, np.random.default_rng([SEED, 2]))[0])
 
 
 def psnr_db(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -163,20 +204,29 @@ def cosine(step: int, num_steps: int, warmup: int = 200) -> float:
     return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
-def save(module, average, name: str, **facts) -> None:
-    BUILD.mkdir(exist_ok=True)
+def save_average(module, average: Average, folder: Path) -> None:
     module.load_state_dict(average.shadow)
-    module.save_pretrained(BUILD / name)
-    (BUILD / f"{name}.json").write_text(json.dumps(facts, indent=2))
+    module.save_pretrained(folder)
 
 
-def build_vae() -> None:
+def hashes_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file that a model is made of, by its path in `folder`; the README isn't."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "README.md"]
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
+def trained_on() -> dict[str, dict[str, str]]:
+    """The hashes of the VAE's and the text encoder's files that `.build/` holds."""
+    return {part: hashes_of(BUILD / part / part) for part in ("vae", "text_encoder")}
+
+
+def build_vae(folder: Path) -> dict:
     from diffusers import AutoencoderKL
 
     rng = np.random.default_rng([SEED, 1])
-    world, _ = render_world(12000, rng)
-    images = np.concatenate([world, np.stack([render_collage(rng) for _ in range(3000)])])
-    held_out = to_pixels(render_world(256, np.random.default_rng([SEED, 2]))[0])
+    world, _ = render_world(VAE_SCENES, rng)
+    images = np.concatenate([world, np.stack([render_collage(rng) for _ in range(VAE_COLLAGES)])])
+    held_out = held_out_pixels()
     torch.manual_seed(SEED)
     vae = AutoencoderKL(**VAE)
     with torch.no_grad():
@@ -189,7 +239,7 @@ def build_vae() -> None:
         posterior = vae.encode(pixels).latent_dist
         loss = F.mse_loss(vae.decode(posterior.sample()).sample, pixels) + VAE_KL * posterior.kl().mean()
         loss.backward()
-        optimizer.step(cosine(step, VAE_DECAY_STEPS))  # ends early: the average has settled
+        optimizer.step(cosine(step, VAE_DECAY_STEPS))  # ends at 61 % of the peak rate: the average has settled
         average.update()
         if (step + 1) % 500 == 0:
             raw = {k: v.clone() for k, v in vae.state_dict().items()}
@@ -202,13 +252,13 @@ def build_vae() -> None:
                 f"noise {posterior.std.mean():.4f}, {time.time() - started:.0f} s",
                 flush=True,
             )
-            vae.save_pretrained(BUILD / "vae")
             vae.load_state_dict(raw)
     vae.load_state_dict(average.shadow)
     with torch.no_grad():
         std = vae.encode(to_pixels(world[:2048])).latent_dist.mean.std()
     vae.register_to_config(scaling_factor=round(1 / float(std), 5))
-    save(vae, average, "vae", steps=VAE_STEPS, batch=VAE_BATCH, psnr_db=score, seconds=time.time() - started)
+    save_average(vae, average, folder / "vae")
+    return {"steps": VAE_STEPS, "batch": VAE_BATCH, "scaling_factor": vae.config.scaling_factor}
 
 
 def build_tokenizer():
@@ -244,7 +294,17 @@ def build_tokenizer():
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_ENCODER["max_position_embeddings"])
 
 
-def build_text_encoder() -> None:
+def draw_captions(rng: np.random.Generator, num: int) -> tuple[list[str], list[list[str]]]:
+    """Captions, one of three with a field left out, and what each says, as `field value`."""
+    drawn = [scenes.draw_scene(rng, new=bool(rng.random() < 0.5)) for _ in range(num)]
+    leave_out = ["size", "position", "background"]
+    omitted = [() if rng.random() < 2 / 3 else (str(rng.choice(leave_out)),) for _ in drawn]
+    both = list(zip(drawn, omitted, strict=True))
+    said = [[f"{field} {getattr(scene, field)}" for field in FIELDS if field not in omit] for scene, omit in both]
+    return [scenes.caption(scene, omit) for scene, omit in both], said
+
+
+def build_text_encoder(folder: Path) -> dict:
     """Captions to what they say: every colour, shape, ... has an orthonormal code; a caption's is their sum.
 
     Trained against pictures, as CLIP is, the encoder put new colours between the known ones as RGB
@@ -264,11 +324,7 @@ def build_text_encoder() -> None:
     )
     text_encoder = CLIPTextModel(config)
     width = TEXT_ENCODER["hidden_size"]
-    values = {
-        "color": scenes.COLORS, "shape": scenes.SHAPES, "style": scenes.STYLES, "size": scenes.RADII_PX,
-        "position": scenes.ANCHORS_PX, "background": scenes.COLORS,
-    }  # fmt: skip
-    names = [f"{field} {value}" for field, kinds in values.items() for value in kinds]
+    names = [f"{field} {value}" for field, values in values_of_fields().items() for value in values]
     codes = torch.linalg.qr(torch.randn(width, width)).Q[: len(names)]
     code_of = dict(zip(names, codes, strict=True))
     projection = torch.nn.Linear(width, width)
@@ -277,14 +333,8 @@ def build_text_encoder() -> None:
     optimizer = torch.optim.AdamW(both.parameters(), lr=TEXT_LR, weight_decay=0.01)
     started = time.time()
     for step in range(TEXT_STEPS):
-        drawn = [scenes.draw_scene(rng, new=bool(rng.random() < 0.5)) for _ in range(TEXT_BATCH)]
-        leave_out = ["size", "position", "background"]
-        omitted = [() if rng.random() < 2 / 3 else (str(rng.choice(leave_out)),) for _ in drawn]
-        captions = [scenes.caption(scene, omit) for scene, omit in zip(drawn, omitted, strict=True)]
-        expected = torch.stack([
-            sum(code_of[f"{field} {getattr(scene, field)}"] for field in values if field not in omit)
-            for scene, omit in zip(drawn, omitted, strict=True)
-        ])  # fmt: skip
+        captions, said = draw_captions(rng, TEXT_BATCH)
+        expected = torch.stack([sum(code_of[name] for name in names_said) for names_said in said])
         # 77 positions in one of eight steps, so that all are trained; 24 hold any caption.
         length = tokenizer.model_max_length if step % 8 == 0 else 24
         tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -297,25 +347,23 @@ def build_text_encoder() -> None:
         optimizer.step()
         average.update()
         if (step + 1) % 100 == 0:
-            told_values, said = told @ codes.T > 0.5, expected @ codes.T > 0.5
-            exact = (told_values == said).all(dim=1).float().mean()
+            exact = ((told @ codes.T > 0.5) == (expected @ codes.T > 0.5)).all(dim=1).float().mean()
             print(f"text {step + 1}: loss {loss:.4f}, exact {exact:.3f}, {time.time() - started:.0f} s", flush=True)
-    save(text_encoder, average, "text_encoder", steps=TEXT_STEPS, exact=float(exact), seconds=time.time() - started)
-    tokenizer.save_pretrained(BUILD / "tokenizer")
+    save_average(text_encoder, average, folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return {"steps": TEXT_STEPS, "batch": TEXT_BATCH}
 
 
-def build_unet() -> None:
+def build_unet(folder: Path) -> dict:
     """DDPM training on KNOWN concepts only."""
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from diffusers import DDPMScheduler, UNet2DConditionModel
 
-    from sdtrain.ground.diffusion import add_noise
+    from sdtrain.models.parts import load_text_encoder, load_tokenizer, load_vae
 
-    vae = AutoencoderKL.from_pretrained(BUILD / "vae").requires_grad_(False)
-    text_encoder = CLIPTextModel.from_pretrained(BUILD / "text_encoder").requires_grad_(False).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(BUILD / "tokenizer")
+    on, vae = trained_on(), load_vae(BUILD / "vae")
+    text_encoder, tokenizer = load_text_encoder(BUILD / "text_encoder"), load_tokenizer(BUILD / "text_encoder")
     rng = np.random.default_rng([SEED, 4])
-    images, drawn = render_world(10000, rng, new_share=0.0)
+    images, drawn = render_world(UNET_SCENES, rng, new_share=0.0)
     with torch.no_grad():
         posteriors = [vae.encode(to_pixels(images[i : i + 100])).latent_dist for i in range(0, len(images), 100)]
     mean, std = (torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "std"))
@@ -339,25 +387,29 @@ def build_unet() -> None:
         losses.append(loss.item())
         if (step + 1) % 250 == 0:
             print(f"unet {step + 1}: loss {np.mean(losses[-250:]):.4f}, {time.time() - started:.0f} s", flush=True)
-            raw = {k: v.clone() for k, v in unet.state_dict().items()}
-            save(unet, average, "unet", steps=step + 1, loss=np.mean(losses[-250:]), seconds=time.time() - started)
-            unet.load_state_dict(raw)
+    save_average(unet, average, folder / "unet")
+    return {"steps": UNET_STEPS, "batch": UNET_BATCH, "loss": float(np.mean(losses[-250:])), "trained_on": on}
 
 
-def build_assemble() -> None:
-    """Write data/builtin in fp16, load it as the pipeline does, and measure it."""
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+def assemble(out: Path) -> None:
+    """Write the candidate's pipeline to `out`, in fp16.
 
-    from sdtrain.models.pipelines import generate, load_pipeline
+    Raises:
+        InputError: the UNet was trained on another VAE or text encoder than those in `.build/`.
+    """
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-    out = ROOT / "data" / "builtin"
-    vae = AutoencoderKL.from_pretrained(BUILD / "vae")
+    from sdtrain.models.parts import load_text_encoder, load_tokenizer, load_unet, load_vae
+
+    knows, there = read_json(BUILD / "unet" / "built.json")["trained_on"], trained_on()
+    for part in there:
+        if knows[part] != there[part]:
+            raise InputError(f"{BUILD / 'unet'} was trained on another {part} than {BUILD / part}: build unet again")
     StableDiffusionPipeline(
-        vae=vae.half(),
-        text_encoder=CLIPTextModel.from_pretrained(BUILD / "text_encoder").half(),
-        tokenizer=CLIPTokenizer.from_pretrained(BUILD / "tokenizer"),
-        unet=UNet2DConditionModel.from_pretrained(BUILD / "unet").half(),
+        vae=load_vae(BUILD / "vae").half(),
+        text_encoder=load_text_encoder(BUILD / "text_encoder").half(),
+        tokenizer=load_tokenizer(BUILD / "text_encoder"),
+        unet=load_unet(BUILD / "unet" / "unet").half(),
         scheduler=DDPMScheduler(**SCHEDULER),
         safety_checker=None,
         feature_extractor=None,
@@ -367,30 +419,156 @@ def build_assemble() -> None:
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2) + "\n")
-    pipeline = load_pipeline(out)
-    held_out = to_pixels(render_world(256, np.random.default_rng([SEED, 2]))[0])
+
+
+def measure_model(folder: Path) -> dict[str, float]:
+    """What a pipeline in the Diffusers layout can do, loaded as the stages do; the same questions to each.
+
+    The UNet's loss is on its own VAE's latents: between two VAEs it says less than the accuracies do.
+    """
+    from sdtrain.models.pipelines import load_pipeline
+
+    pipeline = load_pipeline(folder).to("cpu")
     with torch.no_grad():
-        posterior = pipeline.vae.encode(held_out).latent_dist
-        scores = {"vae_psnr_db": round(psnr_db(pipeline.vae.decode(posterior.mean).sample, held_out), 2)}
+        return (
+            {"vae_psnr_db": measure_vae(pipeline), "text_exact_reading": measure_text_encoder(pipeline)}
+            | {"unet_held_out_loss": measure_unet(pipeline)}
+            | measure_prompts(pipeline, "known")
+            | measure_prompts(pipeline, "new")
+        )
+
+
+def measure_vae(pipeline) -> float:
+    """PSNR in dB of held-out scenes, half of them with new concepts."""
+    pixels = held_out_pixels()
+    return psnr_db(pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mean).sample, pixels)
+
+
+def measure_text_encoder(pipeline) -> float:
+    """Share of captions of which a linear map reads all that they say, and no more.
+
+    Least squares fits the map on as many other captions: the one of the training isn't shipped.
+    """
+    from sdtrain.models.parts import tokenize
+
+    names = [f"{field} {value}" for field, values in values_of_fields().items() for value in values]
+    captions, said = draw_captions(np.random.default_rng([SEED, 6]), 2 * READ_CAPTIONS)
+    truth = torch.tensor([[name in names_said for name in names] for names_said in said]).float()
+    chunks = (captions[i : i + 100] for i in range(0, len(captions), 100))
+    told = torch.cat([pipeline.text_encoder(tokenize(pipeline.tokenizer, chunk)).pooler_output for chunk in chunks])
+    told = torch.cat([told, torch.ones(len(told), 1)], dim=1)
+    fit, test = slice(READ_CAPTIONS), slice(READ_CAPTIONS, None)
+    weights = torch.linalg.lstsq(told[fit].double(), truth[fit].double()).solution
+    return float(((told[test].double() @ weights > 0.5) == truth[test].bool()).all(dim=1).double().mean())
+
+
+def measure_unet(pipeline) -> float:
+    """Mean squared error of ε on held-out scenes of known concepts, each at 8 timesteps with fixed noise."""
+    from sdtrain.models.parts import tokenize
+
+    images, drawn = render_world(HELD_OUT, np.random.default_rng([SEED, 7]), new_share=0.0)
+    latents = pipeline.vae.encode(to_pixels(images)).latent_dist.mean * pipeline.vae.config.scaling_factor
+    ids = tokenize(pipeline.tokenizer, [scenes.caption(scene) for scene in drawn])
+    encoder_hidden_states = pipeline.text_encoder(ids).last_hidden_state
+    alphas_cumprod, generator, losses = pipeline.scheduler.alphas_cumprod, torch.Generator().manual_seed(SEED), []
+    for timestep in mid_bin_timesteps(8, len(alphas_cumprod)):
+        noise, timesteps = torch.randn(latents.shape, generator=generator), timestep.repeat(len(latents))
+        noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
+        losses.append(F.mse_loss(pipeline.unet(noisy_latents, timesteps, encoder_hidden_states).sample, noise))
+    return float(torch.stack(losses).mean())
+
+
+def measure_prompts(pipeline, kind: str) -> dict[str, float]:
+    """Share of pictures that show what their prompt says, by field.
+
+    Of prompts with `new` concepts only those count whose colour, shape or style is new: the UNet has
+    never seen them, so that 0 is right, and the default job has something to teach.
+    """
+    from sdtrain.models.pipelines import generate
+
     rng = np.random.default_rng([SEED, 5])
-    wanted = [scenes.draw_scene(rng, new=False) for _ in range(200)]
-    images = generate(
-        pipeline,
-        [scenes.caption(s) for s in wanted],
-        list(range(200)),
-        num_inference_steps=25,
-        guidance_scale=4.0,
-        batch_size=100,
-    )
-    shown = [scenes.measure(image) for image in images]
-    for field in ("color", "shape", "size", "position", "background"):
-        right = [s is not None and getattr(s, field) == getattr(w, field) for s, w in zip(shown, wanted, strict=True)]
-        scores[f"known_{field}_accuracy"] = float(np.mean(right))
-    facts = {part: json.loads((BUILD / f"{part}.json").read_text()) for part in ("vae", "text_encoder", "unet")}
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
-    print(json.dumps({"built": facts, "measured": scores, "megabytes": round(size, 2)}, indent=2))
+    wanted = [scenes.draw_scene(rng, new=kind == "new", known_background=kind == "new") for _ in range(PROMPTS)]
+    prompts = [scenes.caption(scene) for scene in wanted]
+    options = {"num_inference_steps": 25, "guidance_scale": 4.0, "batch_size": 100}
+    shown = [scenes.measure(image) for image in generate(pipeline, prompts, list(range(PROMPTS)), **options)]
+    accuracies = {}
+    for field in FIELDS if kind == "known" else scenes.NEW:
+        asked = [
+            (getattr(found, field, None), getattr(scene, field))
+            for found, scene in zip(shown, wanted, strict=True)
+            if kind == "known" or getattr(scene, field) in scenes.NEW[field]
+        ]
+        if asked:
+            accuracies[f"{kind}_{field}_accuracy"] = float(np.mean([found == said for found, said in asked]))
+    return accuracies
+
+
+def compare_with_shipped(candidate: Path) -> None:
+    """Measure candidate and shipped model, print both, and write `.build/report.json`."""
+    folders = {"shipped": SHIPPED, "candidate": candidate}
+    measured = {name: measure_model(folder) for name, folder in folders.items()}
+    hashes = {name: hashes_of(folder) for name, folder in folders.items()}
+    files = {
+        file: {name: hashes[name].get(file) for name in folders}
+        | {"identical": hashes["shipped"].get(file) == hashes["candidate"].get(file)}
+        for file in sorted(hashes["shipped"] | hashes["candidate"])
+    }
+    report = {
+        "seed": SEED,
+        "num_threads": torch.get_num_threads(),
+        "cpu": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "versions": {name: version(name) for name in ("torch", "numpy", "pillow", "diffusers", "transformers")},
+        "built": {part: read_json(BUILD / part / "built.json") for part in TRAINED},
+        "measured": measured,
+        "files": files,
+    }
+    write_json(BUILD / "report.json", report)
+    print(f"\n{'':28}{'shipped':>10}{'candidate':>11}{'difference':>12}")
+    for name, shipped in measured["shipped"].items():
+        new = measured["candidate"][name]
+        print(f"{name:28}{shipped:10.4f}{new:11.4f}{new - shipped:+12.4f}")
+    print()
+    for file, row in files.items():
+        print(f"{'identical' if row['identical'] else 'different'}  {file}")
+
+
+def build_part(part: str) -> None:
+    """Build one part in `.build/`: its folder takes its place when it has ended well, with what it took."""
+    started = time.time()
+    if part == "assemble":
+        with new_folder(BUILD / "builtin") as folder:
+            assemble(folder)
+            (BUILD / "report.json").unlink(missing_ok=True)  # of the candidate that this one replaces
+        compare_with_shipped(BUILD / "builtin")
+    else:
+        build = {"vae": build_vae, "text_encoder": build_text_encoder, "unet": build_unet}[part]
+        with new_folder(BUILD / part) as folder:
+            facts = build(folder)
+            write_json(folder / "built.json", facts | {"minutes": round((time.time() - started) / 60, 1)})
+    print(f"{part}: {(time.time() - started) / 60:.1f} minutes", flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(NEEDS)}; none named: all")
+    named = parser.parse_args(arguments).parts
+    if unknown := set(named) - set(NEEDS):  # argparse's `choices` refuses that none is named
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(NEEDS)}")
+    torch.set_num_threads(NUM_THREADS)
+    torch.use_deterministic_algorithms(True)
+    if not named and BUILD.exists():
+        shutil.rmtree(BUILD)
+    parts = [part for part in NEEDS if part in named or not named]
+    for part in parts:
+        for needed in NEEDS[part]:
+            if needed not in parts and not (BUILD / needed).exists():
+                raise InputError(f"{part} needs {BUILD / needed}, which isn't there: name {needed} as well")
+    for part in parts:
+        build_part(part)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("THREADS", "2")))
-    globals()[f"build_{sys.argv[1]}"]()
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(str(error))

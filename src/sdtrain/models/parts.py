@@ -50,7 +50,7 @@ def load_parts(folder: Path) -> Parts:
     return Parts(
         unet=load_unet(folder / "unet"),
         vae=load_vae(folder),
-        text_encoder=_frozen(CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)),
+        text_encoder=load_text_encoder(folder),
         tokenizer=load_tokenizer(folder),
         scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
     )
@@ -113,6 +113,11 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
 def load_vae(folder: Path) -> AutoencoderKL:
     """The VAE of a model's folder."""
     return _frozen(AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32))
+
+
+def load_text_encoder(folder: Path) -> CLIPTextModel:
+    """The text encoder of a model's folder."""
+    return _frozen(CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32))
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
