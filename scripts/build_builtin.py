@@ -3,12 +3,12 @@
     python scripts/build_builtin.py                     # everything, from an emptied .build/
     python scripts/build_builtin.py unet assemble       # for development: these parts, on what .build/ holds
 
-The parts, in their order, with about the minutes that each takes on 2 cores of an x86-64 CPU, no GPU:
+The parts, in their order, with the minutes that each took on 2 shared cores of an AMD EPYC (AVX-512), no GPU:
 
-    vae           15   AutoencoderKL, 8x down, 4 latent channels, on scenes and collages; 3,000 steps
-    text_encoder   2   CLIPTokenizer and CLIPTextModel. Captions are regressed onto what they say: the sum of fixed
-                       codes, one orthonormal code for every colour, shape, ... (no pictures, no contrast); 800 steps
-    unet          10   UNet2DConditionModel, as DDPM on that VAE's latents of KNOWN concepts only; 2,000 steps
+    vae           18   AutoencoderKL, 8x down, 4 latent channels, on scenes and collages; 3,000 steps
+    text_encoder   4   CLIPTokenizer and CLIPTextModel. Captions are regressed onto what they say: the sum of fixed
+                       codes, one orthonormal code for every colour, shape, ... (no images, no contrast); 800 steps
+    unet          15   UNet2DConditionModel, as DDPM on that VAE's latents of KNOWN concepts only; 2,000 steps
     assemble       3   all of it in fp16 in the Diffusers layout: the candidate, `.build/builtin/`. Candidate and
                        data/builtin are then measured alike; both are printed and go to `.build/report.json`
 
@@ -18,8 +18,8 @@ encoder it was trained on, and isn't assembled with others. data/builtin/ is onl
     cp -r .build/builtin/. data/builtin/
 
 Every seed and hyperparameter is below. The number of threads is among them: sums are split by it, so it
-decides how they round, and the VAE's 3,000 steps carry a rounding far. The same bits need the same
-kind of CPU and the versions of constraints.txt as well. data/builtin/README.md has what was measured.
+decides how they round, and with 1 instead of 2 VAE and text encoder differ after 20 steps. Another kind of CPU
+or other versions than those of constraints.txt may round otherwise too. data/builtin/README.md has what was measured.
 """
 
 import argparse

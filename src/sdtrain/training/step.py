@@ -74,12 +74,10 @@ def _backward(trainer: Trainer, batch: Batch, step: int, first_position: int, la
         # For models that have dropout of their own.
         torch.manual_seed(randomness.integer(trainer.params.seed, "dropout", step, first_position, number))
         syncs = last_batch and number == len(method.losses) - 1
-        with (
-            nullcontext() if syncs else accelerator.no_sync(trainer.model),
-            accelerator.autocast(),
-            attention(train.attention_backend),
-        ):
-            values = loss_pass(trainer.model, batch, trainer.objective)
+        synced = nullcontext() if syncs else accelerator.no_sync(trainer.model)
+        with synced, attention(train.attention_backend):
+            with accelerator.autocast():
+                values = loss_pass(trainer.model, batch, trainer.objective)
             accelerator.backward(values["loss"].mean() / trainer.num_micro_batches)
         losses = losses + values["loss"].detach()
         logged |= {name: value.detach().float().sum() for name, value in values.items() if name != "loss"}
