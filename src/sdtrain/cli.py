@@ -70,14 +70,14 @@ def _generate(options: argparse.Namespace) -> None:
     if not options.model.is_dir():
         raise InputError(f"--model {options.model}: no such folder; `dvc repro export` makes data/model")
     from sdtrain.methods.checkpoints import is_checkpoint, load_checkpoint
-    from sdtrain.models.parts import load_parts, pick_device
+    from sdtrain.models.parts import pick_device
     from sdtrain.models.pipelines import generate, load_pipeline
 
     if is_checkpoint(options.model):
         base = options.base or Path("data/base")
         if not (base / "model_index.json").exists():
             raise InputError(f"--base {base}: no base model there; a checkpoint needs its VAE and text encoder")
-        method, scheduler, _ = load_checkpoint(options.model, options.weights, load_parts(base))
+        method, scheduler, _ = load_checkpoint(options.model, options.weights, base)
         pipeline = method.pipeline(scheduler).to(pick_device())
     elif options.weights or options.base:
         option = f"--weights {options.weights}" if options.weights else f"--base {options.base}"

@@ -72,6 +72,8 @@ def _held_out_loss(
             batch_size=params.batch_size,
         )
         built = build_method(method, parts_of(pipeline))
+        built.trained.to(pipeline.device)
+        shards.check_columns(built.columns)
         losses[name] = held_out.losses(built, pipeline.scheduler).double().cpu().numpy()
     gain = (losses["base"] - losses["trained"]).mean(axis=1)
     low, high = bootstrap_interval(gain, params.num_bootstrap, randomness.generator(seed, "bootstrap"))

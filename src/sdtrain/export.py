@@ -4,18 +4,21 @@ import os
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
-from torch import nn
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 
 from sdtrain import __version__
+from sdtrain.data.batches import Batch
 from sdtrain.ground.files import new_folder, read_json, write_json, write_text
 from sdtrain.ground.schedules import scaled_lr
+from sdtrain.methods import build_method, recorded_method
 from sdtrain.methods.checkpoints import load_checkpoint
-from sdtrain.models.parts import load_parts
+from sdtrain.methods.method import Method
+from sdtrain.models.parts import parts_of
 from sdtrain.params.schema import ExportParams
 
 _TOLERANCE = {"fp32": 0.0, "fp16": 2e-2}
-"""Relative error allowed between the checkpoint's and the exported UNet's output."""
+"""Relative error allowed between the checkpoint's and the exported model's predictions."""
 
 
 def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path) -> None:
@@ -25,11 +28,10 @@ def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path)
         InputError: the checkpoint is missing, or doesn't have these weights.
         AssertionError: the written weights, or their output, don't match the checkpoint.
     """
-    method, scheduler, config = load_checkpoint(checkpoints / params.checkpoint, params.weights, load_parts(base))
+    method, scheduler, config = load_checkpoint(checkpoints / params.checkpoint, params.weights, base)
     pipeline = method.pipeline(scheduler)
-    probe = _probe(pipeline.unet)
-    with torch.inference_mode():
-        expected = pipeline.unet(**probe).sample
+    probe = _probe(method, pipeline)
+    expected = _predict(method, probe)
     with new_folder(out) as folder:
         if params.dtype == "fp16":
             for part in _modules(pipeline).values():
@@ -42,10 +44,10 @@ def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path)
         loaded = type(pipeline).from_pretrained(folder, dtype=torch.float32)
         for name, part in _modules(pipeline).items():
             _assert_same_weights(name, part, getattr(loaded, name))
-        with torch.inference_mode():
-            difference = ((loaded.unet.eval()(**probe).sample - expected).norm() / expected.norm()).item()
+        again = build_method(recorded_method(config["params"]["method"]), parts_of(loaded))
+        difference = ((_predict(again, probe) - expected).norm() / expected.norm()).item()
         assert difference <= _TOLERANCE[params.dtype], (
-            f"the exported UNet's output differs from the checkpoint's by {difference:.2e} (relative), "
+            f"the exported model's prediction differs from the checkpoint's by {difference:.2e} (relative), "
             f"at most {_TOLERANCE[params.dtype]:.0e} is allowed for {params.dtype}"
         )
         size_mib = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
@@ -67,15 +69,19 @@ def _assert_same_weights(name: str, written: nn.Module, loaded: nn.Module) -> No
     assert not differ, f"the exported {name} differs from the checkpoint's in {len(differ)} tensors, e.g. {differ[0]}"
 
 
-def _probe(unet: UNet2DConditionModel) -> dict:
-    """Fixed inputs for one forward pass of two rows."""
-    rng = torch.Generator().manual_seed(0)
-    size = unet.config.sample_size
-    return {
-        "sample": torch.randn(2, unet.config.in_channels, size, size, generator=rng),
-        "timestep": torch.tensor([10, 900]),
-        "encoder_hidden_states": torch.randn(2, 77, unet.config.cross_attention_dim, generator=rng),
-    }
+def _probe(method: Method, pipeline: DiffusionPipeline) -> Batch:
+    """Fixed inputs of two rows."""
+    rng, size, text = torch.Generator().manual_seed(0), pipeline.unet.config.sample_size, pipeline.text_encoder.config
+    latents = torch.randn(2, pipeline.vae.config.latent_channels, size, size, generator=rng)
+    input_ids = torch.randint(text.vocab_size, (2, text.max_position_embeddings), generator=rng)
+    columns = {name: torch.rand(2, *column.shape, generator=rng) for name, column in method.columns.items()}
+    return Batch(latents, latents, latents, torch.tensor([10, 900]), input_ids, seeds=[0, 1], columns=columns)
+
+
+@torch.no_grad()
+def _predict(method: Method, probe: Batch) -> Tensor:
+    method.trained.eval()
+    return method.predict(method.trained, probe.latents, probe.timesteps, probe)
 
 
 def _model_card(params: ExportParams, config: dict, base: dict) -> str:

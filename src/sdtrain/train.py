@@ -8,7 +8,7 @@ import sys
 from functools import partial
 from signal import Signals
 
-from sdtrain.ground.files import disk_errors_explained, new_folder, write_json
+from sdtrain.ground.files import disk_errors_explained, is_sealed, new_folder, write_json
 from sdtrain.methods.checkpoints import copy_checkpoint, save_checkpoint
 from sdtrain.params.schema import Params
 from sdtrain.training.files import TrainFiles
@@ -68,7 +68,9 @@ def validate_and_keep(run: Run, step: int) -> None:
     if best != run.best:
         run.best = best
         if trainer.accelerator.is_main_process:
-            save_checkpoint(run.store.checkpoint(step), trainer.method, trainer.ema, run.config(step))
+            place = run.store.checkpoint(step)
+            if not is_sealed(place):  # else a state beyond this run's end may refer to it
+                save_checkpoint(place, trainer.method, trainer.ema, run.config(step))
             run.store.tidy([candidate.step for candidate in best])
     trainer.accelerator.wait_for_everyone()
     run.curves.restart_clock()

@@ -224,6 +224,22 @@ def test_a_run_that_moves_to_another_split_records_both(workspace, tmp_path, mon
     assert config["params"]["train"]["micro_batch_size"] == 4
 
 
+def test_a_shorter_run_leaves_the_longer_ones_states_usable(workspace, tmp_path, capfd):
+    """Six steps, then four, then six again: the last state of the first is used, and nothing is trained."""
+    steps = {**OPEN, "save_every_n_steps": 2}
+    first = workspace.train(tmp_path, train={**steps, "max_steps": 6})
+    name = "last/raw/diffusion_pytorch_model.safetensors"
+    weights = (first.checkpoints / name).read_bytes()
+    shorter = workspace.train(tmp_path, train={**steps, "max_steps": 4})
+    config = json.loads((shorter.checkpoints / "last" / "training_config.json").read_text())
+    assert config["step"] == config["num_steps"] == config["params"]["train"]["max_steps"] == 4
+    assert "no effect" not in capfd.readouterr().out
+    again = workspace.train(tmp_path, train={**steps, "max_steps": 6})
+    assert "resumes from step 6 of 6" in capfd.readouterr().out
+    assert (again.checkpoints / name).read_bytes() == weights
+    assert not list((tmp_path / "resume").rglob("*.damaged*"))
+
+
 def test_a_second_trainer_of_the_same_run_is_refused(workspace, whole, tmp_path):
     shutil.copytree(whole / "resume", tmp_path / "resume")
     (folder,) = (path for path in (tmp_path / "resume").iterdir() if path.is_dir())

@@ -11,19 +11,29 @@ import pandas as pd
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdtrain.data.batches import BatchMaker
+from sdtrain.data.shards import Column, LatentShards
 from sdtrain.export import export_model
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json, sha256_file, write_json
+from sdtrain.ground.manifests import encoders_fingerprint
+from sdtrain.methods import METHODS, Kind, finetune
+from sdtrain.methods.checkpoints import load_checkpoint
+from sdtrain.models.parts import parts_of
+from sdtrain.models.pipelines import load_pipeline
 from sdtrain.params.load import check_params
-from sdtrain.params.schema import Params
+from sdtrain.params.schema import FinetuneParams, Params
+from sdtrain.precompute import precompute_latents
 from sdtrain.train import train
+from sdtrain.training.devices import build_accelerator
 from sdtrain.training.files import TrainFiles
+from sdtrain.training.trainer import build_trainer
 from tests.conftest import ROOT, shrunk_tree
-from tests.integration.time_embedding import TimeEmbeddingParams
+from tests.integration.time_embedding import TimeEmbedding, TimeEmbeddingParams
 
 STEPS = {"max_steps": 6, "save_every_n_steps": 2, "micro_batch_size": 2, "batch_size": 8}
 WEIGHTS = "ema/time_embedding.safetensors"
@@ -157,6 +167,79 @@ def test_gradient_checkpointing_changes_rounding_only(workspace, latents, whole,
     run_here(files, gradient_checkpointing=True)
     losses = [pd.read_csv(place.train_curve).loss.tolist() for place in (files, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_flipped_image_needs_its_own_column(workspace, tmp_path):
+    """A column that shows the image must have been cached for the flipped one, too."""
+    params = params_of()
+    flipping = params.precompute.model_copy(update={"random_flip": True})
+    precompute_latents(flipping, 0, workspace.base, workspace.dataset, tmp_path / "latents", tmp_path / "m.json")
+    for path in (tmp_path / "latents").glob("*-*.safetensors"):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        save_file({**tensors, "hint": torch.zeros(len(tensors["mean"]), 3)}, path, metadata)
+    shards = LatentShards(tmp_path / "latents", "train", encoders_fingerprint(workspace.base))
+    shards.check_columns({"hint": Column((3,), flips=False)})
+    with pytest.raises(InputError, match="has no column 'hint_flipped', which the training method needs"):
+        shards.check_columns({"hint": Column((3,), flips=True)})
+    with pytest.raises(InputError, match=r"column 'hint' has shape \(3,\), the training method needs \(4,\)"):
+        shards.check_columns({"hint": Column((4,), flips=False)})
+
+
+def test_what_a_method_starts_with_at_random_follows_from_the_seed(workspace, monkeypatch):
+    drawn = []
+
+    def build(params, parts):
+        drawn.append(torch.rand(3).tolist())
+        return finetune.build(params, parts)
+
+    monkeypatch.setitem(METHODS, "finetune", Kind(FinetuneParams, build))
+    for seed in (0, 0, 1):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        params = check_params(shrunk_tree()).model_copy(update={"seed": seed})
+        build_trainer(params, workspace.files(Path("nowhere")), build_accelerator(params.train))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_modules_of_a_pipeline_beyond_the_unet_reach_the_method(workspace, tmp_path):
+    """As of a ControlNet's: its class is that of model_index.json, and the method is built on what it trained."""
+    pipeline = load_pipeline(workspace.base)
+    controlnet = ControlNetModel.from_unet(pipeline.unet)
+    parts = {**pipeline.components, "controlnet": controlnet}
+    StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path / "model")
+    loaded = parts_of(load_pipeline(tmp_path / "model"))
+    assert list(loaded.others) == ["controlnet"]
+    for name, tensor in controlnet.state_dict().items():
+        assert torch.equal(loaded.others["controlnet"].state_dict()[name], tensor)
+    assert not any(p.requires_grad for module in loaded.modules() for p in module.parameters())
+
+
+def test_a_branch_from_another_methods_weights_is_refused(workspace, whole, latents, tmp_path):
+    source = sorted(whole.states.glob("*/step-*"))[-1]
+    train = {"resume": "branch", "branch_from": str(source), "max_steps": 9, "resume_reset": ["scheduler"]}
+    with pytest.raises(
+        InputError, match="with method.name = 'time_embedding', params.yaml says 'finetune'"
+    ):
+        workspace.train(tmp_path, latents=latents, train=train)
+
+
+def test_a_checkpoint_of_another_base_is_refused(workspace, whole, tmp_path):
+    other = workspace.changed_base(tmp_path / "base", "vae/config.json", scaling_factor=0.5)
+    with pytest.raises(InputError, match="was trained on another base than"):
+        load_checkpoint(whole.checkpoints / "best", None, other)
+
+
+def test_a_logged_value_that_is_not_finite_stops_the_run(workspace, latents, tmp_path, monkeypatch):
+    original = TimeEmbedding.consistency
+
+    def consistency(self, *arguments):
+        values = original(self, *arguments)
+        return {**values, "consistency": values["consistency"] * torch.nan}
+
+    monkeypatch.setattr(TimeEmbedding, "consistency", consistency)
+    with pytest.raises(InputError, match="the logged consistency (is no longer|stopped being) finite"):
+        run_here(files_of(tmp_path, workspace.base, latents))
 
 
 def main(folder: str, base: str, latents: str, kill_at: str) -> None:

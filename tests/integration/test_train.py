@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from sdtrain.ground.errors import InputError
 from sdtrain.methods.checkpoints import load_checkpoint
-from sdtrain.models.parts import load_parts, load_unet
+from sdtrain.models.parts import load_unet
 from sdtrain.precompute import precompute_latents
 from sdtrain.training.identity import fingerprint
 
@@ -183,7 +183,7 @@ def test_the_unet_remembers_the_size_it_was_trained_at(workspace, tmp_path):
         tmp_path / "run", base=base, latents=latents, train={"max_steps": 1}, precompute={"resolution": 128}
     )
     assert load_unet(run.checkpoints / "best" / "raw").config.sample_size == 16
-    method, scheduler, _ = load_checkpoint(run.checkpoints / "best", None, load_parts(base))
+    method, scheduler, _ = load_checkpoint(run.checkpoints / "best", None, base)
     assert method.pipeline(scheduler).unet.config.sample_size == 16
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from safetensors.torch import load_file, save_file
 
+from sdtrain.data.shards import Column
 from sdtrain.methods import METHODS, Kind
 from sdtrain.methods.method import denoising_loss, encode_text
 from sdtrain.models.pipelines import build_pipeline
@@ -24,7 +25,7 @@ class TimeEmbedding:
     def __init__(self, params: TimeEmbeddingParams, parts) -> None:
         self._params, self._parts, self.trained = params, parts, parts.unet
         parts.unet.time_embedding.requires_grad_(True)
-        self.columns = {"brightness": (1,)}
+        self.columns = {"brightness": Column((1,), flips=False)}
         self.losses = (self.denoising, self.consistency)
         self.logged = ("denoising", "consistency")
 

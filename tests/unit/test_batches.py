@@ -24,8 +24,8 @@ class Shards:
     def __len__(self) -> int:
         return self.num_rows
 
-    def check_columns(self, shapes: dict) -> None:
-        assert not shapes
+    def check_columns(self, columns: dict) -> None:
+        assert not columns
 
     def read(self, index: int, *names: str, flipped: bool = False) -> dict[str, torch.Tensor]:
         shape = (1, 2, 2)
@@ -162,3 +162,10 @@ def test_stratified_timesteps_cover_the_schedule_evenly_in_the_long_run():
     counts = torch.histc(timesteps.float(), bins=10, min=0, max=1000)
     assert counts.min() > 150
     assert counts.max() < 250
+
+
+def test_each_row_has_a_seed_of_its_own_whatever_the_split():
+    batches = maker(Shards(20))
+    effective = batches.make(7, range(6), CPU).seeds
+    assert effective == batches.make(7, range(2), CPU).seeds + batches.make(7, range(2, 6), CPU).seeds
+    assert len({*effective, *batches.make(8, range(6), CPU).seeds}) == 12

@@ -59,6 +59,7 @@ def test_a_runs_identity_is_of_what_computes():
     names = set(code_hashes("finetune"))
     computing = {"training.step", "training.trainer", "training.selection", "evaluation.held_out", "methods.finetune"}
     computing |= {"methods.method", "ground.diffusion", "ground.randomness", "data.batches", "models.ema"}
+    computing |= {"train", "training.curves", "training.state_files", "training.branching", "training.run"}
     assert {f"sdtrain.{name}" for name in computing} <= names
-    talking = {"training.preflight", "training.trackers", "training.run", "ground.errors", "params.schema", "cli"}
+    talking = {"training.preflight", "training.trackers", "training.states", "ground.errors", "params.schema", "cli"}
     assert not {f"sdtrain.{name}" for name in talking} & names

@@ -1,16 +1,17 @@
 """params.yaml: what loads, and how faults are reported."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, Literal, get_args
 
 import pytest
 import yaml
+from pydantic import Field, SerializeAsAny
 
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.schedules import scaled_lr
 from sdtrain.params.load import check_params, load_params
 from sdtrain.params.rules import NEUTRAL, RULES, View
-from sdtrain.params.schema import DatasetParams, Params, Section
+from sdtrain.params.schema import DatasetParams, FinetuneParams, Params, Section
 from sdtrain.training.optimizer import peak_lr
 
 ROOT = Path(__file__).parents[2]
@@ -494,3 +495,38 @@ def test_a_faulty_item_of_a_list_is_named():
     assert "train.resume_reset.0 = 'rate': must be one of 'lr', 'scheduler', 'optimizer'" in message(
         changed(train__resume_reset=["rate"])
     )
+
+
+class OtherParams(Section):
+    name: Literal["other"]
+    rank: int
+
+
+class TwoMethods(Params):
+    """As the params will be once there is a second method."""
+
+    method: SerializeAsAny[Annotated[FinetuneParams | OtherParams, Field(discriminator="name")]]
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ({"name": "other", "rank": "4"}, "method.rank = '4': input should be a valid integer"),
+        ({"name": "other"}, "method.rank: missing"),
+        ({"name": "other", "rank": 4, "ranc": 4}, "method.ranc = 4: unknown key; nearest is method.rank"),
+        ({"name": "finetune", "rank": 4}, "method.rank = 4: unknown key; there are name"),
+        ({"name": "othr", "rank": 4}, "method.name = 'othr': must be one of 'finetune', 'other'; nearest is 'other'"),
+        ({"rank": 4}, "method.name: missing"),
+    ],
+)
+def test_a_method_is_told_by_its_name_and_has_its_own_keys(method, says):
+    tree = {**changed(train__lrr=1.0), "method": method}
+    with pytest.raises(InputError) as caught:
+        check_params(tree, schema=TwoMethods)
+    assert f"  {says}" in str(caught.value)
+    assert "train.lrr = 1.0: unknown key; nearest is train.lr" in str(caught.value)
+
+
+def test_each_method_of_the_union_is_accepted():
+    tree = {**changed(), "method": {"name": "other", "rank": 4}}
+    assert check_params(tree, schema=TwoMethods).model_dump() == tree

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdtrain.data.shards import LatentShards
+from sdtrain.data.shards import Column, LatentShards
 from sdtrain.ground import randomness
 from sdtrain.params.schema import TrainParams
 
@@ -26,6 +26,8 @@ class Batch:
     """int64 [B]."""
     input_ids: Tensor
     """Token ids of the captions, int64 [B, L]."""
+    seeds: list[int]
+    """One for each row: what a method draws of its own follows from it, and so depends on no split of the batch."""
     columns: dict[str, Tensor] = field(default_factory=dict)
     """Further columns of the cache that the method needs, by name, [B, ...]."""
 
@@ -40,7 +42,7 @@ class BatchMaker:
         num_train_timesteps: T of the noise schedule.
         scaling_factor: the VAE's; applied here, once.
         null_ids: token ids of the empty caption, int64 [L].
-        columns: further columns of the cache that the method needs: name to the shape of a row.
+        columns: further columns of the cache that the method needs, by name.
 
     Raises:
         InputError: the cache has no such column.
@@ -55,7 +57,7 @@ class BatchMaker:
         num_train_timesteps: int,
         scaling_factor: float,
         null_ids: Tensor,
-        columns: dict[str, tuple[int, ...]] | None = None,
+        columns: dict[str, Column] | None = None,
     ) -> None:
         shards.check_columns(columns or {})
         self.shards, self.params, self.seed, self.columns = shards, params, seed, tuple(columns or ())
@@ -66,7 +68,8 @@ class BatchMaker:
         rows = [self._row(step, position) for position in positions]
         tensors = {name: _to(torch.stack([row[name] for row in rows]), device) for name in rows[0]}
         columns = {name: tensors.pop(name) for name in self.columns}
-        return Batch(**tensors, columns=columns)
+        seeds = [randomness.integer(self.seed, "method's own", step, position) for position in positions]
+        return Batch(**tensors, seeds=seeds, columns=columns)
 
     def _row(self, step: int, position: int) -> dict[str, Tensor]:
         """One row's fields of `Batch`, and its further columns."""

@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,6 +95,16 @@ def read_dataset(folder: Path, split: str) -> Iterator[dict]:
             yield from batch.to_pylist()
 
 
+@dataclass(frozen=True)
+class Column:
+    """A further column of the latent cache, by what a method needs of it."""
+
+    shape: tuple[int, ...]
+    """Of one row."""
+    flips: bool
+    """Whether it shows the image: then a flipped image has its own, `<name>_flipped`."""
+
+
 class LatentShards:
     """One split of the latent cache, memory-mapped; rows are read by their index.
 
@@ -137,24 +148,25 @@ class LatentShards:
         """The images' ids, in order."""
         return [name for file in self._files for name in json.loads(file.metadata()["ids"])]
 
-    def check_columns(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Check that the cache holds these columns, with rows of these shapes.
+    def check_columns(self, columns: dict[str, "Column"]) -> None:
+        """Check that the cache holds these columns, and their flips where it holds the images', in these shapes.
 
         Raises:
             InputError: one is missing, or has another shape.
         """
-        for name, shape in shapes.items():
-            if name not in self._columns:
-                raise InputError(
-                    f"{self.folder} has no column {name!r}, which the training method needs; it has "
-                    f"{', '.join(sorted(self._columns))}; run `dvc repro precompute` with the method's params"
-                )
-            found = tuple(self._files[0].get_slice(name).get_shape()[1:])
-            if found != shape:
-                raise InputError(
-                    f"{self.folder}: a row of column {name!r} has shape {found}, the training method needs {shape}; "
-                    "run `dvc repro precompute` with the method's params"
-                )
+        for name, column in columns.items():
+            for stored in (name, f"{name}_flipped") if self.has_flipped and column.flips else (name,):
+                if stored not in self._columns:
+                    raise InputError(
+                        f"{self.folder} has no column {stored!r}, which the training method needs; it has "
+                        f"{', '.join(sorted(self._columns))}; run `dvc repro precompute` with the method's params"
+                    )
+                found = tuple(self._files[0].get_slice(stored).get_shape()[1:])
+                if found != column.shape:
+                    raise InputError(
+                        f"{self.folder}: a row of column {stored!r} has shape {found}, the training method needs "
+                        f"{column.shape}; run `dvc repro precompute` with the method's params"
+                    )
 
     def read(self, index: int, *names: str, flipped: bool = False) -> "dict[str, Tensor]":
         """The columns `names` of row `index`, floats as float32: e.g. `mean` [C, h, w], `input_ids` [L].

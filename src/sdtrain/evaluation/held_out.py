@@ -64,7 +64,7 @@ class HeldOut:
         mine = range(part[0], len(pairs), part[1])
         for start in range(0, len(mine), self._batch_size):
             places = list(mine[start : start + self._batch_size])
-            batch = self._batch([pairs[place] for place in places], method.columns, device)
+            batch = self._batch([pairs[place] for place in places], tuple(method.columns), device)
             noisy_latents = add_noise(batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
             model_pred = method.predict(model, noisy_latents, batch.timesteps, batch).float()
             epsilon = to_epsilon(model_pred, noisy_latents, batch.timesteps, alphas_cumprod, prediction_type)
@@ -80,7 +80,11 @@ class HeldOut:
         noise = torch.stack([self._noise(sample, bin, latents.shape[1:]) for sample, bin in pairs]).to(device)
         timesteps = self.timesteps[[bin for _, bin in pairs]].to(device)
         extra = {name: cached[name] for name in columns}
-        return Batch(latents, noise, noise, timesteps, cached["input_ids"], extra)
+        seeds = [
+            randomness.integer(0, "held-out method's own", randomness.hash64(self.ids[sample]), bin)
+            for sample, bin in pairs
+        ]
+        return Batch(latents, noise, noise, timesteps, cached["input_ids"], seeds, extra)
 
     def _noise(self, sample: int, bin: int, shape: torch.Size) -> Tensor:
         place = randomness.hash64(self.ids[sample])

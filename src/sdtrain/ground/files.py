@@ -141,6 +141,15 @@ def check_sealed(folder: Path) -> dict[str, str]:
     return hashes
 
 
+def is_sealed(folder: Path) -> bool:
+    """Whether the folder is there, sealed and undamaged."""
+    try:
+        check_sealed(folder)
+    except InputError:
+        return False
+    return True
+
+
 def check_files(folder: Path, hashes: dict[str, str], listed_in: str) -> None:
     """Check that the folder has exactly the files with these hashes, by name; `listed_in` and hidden files don't count.
 

@@ -24,7 +24,11 @@ METHODS = {"finetune": Kind(FinetuneParams, finetune.build)}
 
 
 def build_method(params: Section, parts: Parts) -> Method:
-    """Build the method of the section `method` around `parts`, whose weights it changes in place."""
+    """Build the method of the section `method` around `parts`, whose weights it changes in place.
+
+    Of a pipeline that the method exported, its own modules are in `parts.others`: it takes these in place of new ones,
+    so that what is exported can be evaluated, or trained further.
+    """
     return METHODS[params.name].build(params, parts)
 
 

@@ -12,11 +12,12 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.files import check_sealed, new_folder, read_json, seal_folder, write_json
+from sdtrain.ground.files import check_sealed, new_folder, read_json, seal_folder, sha256_json, write_json
+from sdtrain.ground.manifests import BaseManifest
 from sdtrain.methods import build_method, recorded_method
 from sdtrain.methods.method import Method, trained_parameters
 from sdtrain.models.ema import averaged
-from sdtrain.models.parts import Parts, training_scheduler
+from sdtrain.models.parts import load_parts, training_scheduler
 
 
 def save_checkpoint(folder: Path, method: Method, ema: EMAModel | None, config: dict) -> None:
@@ -58,10 +59,11 @@ def read_checkpoint(folder: Path) -> dict:
     return read_json(folder / "training_config.json")
 
 
-def load_checkpoint(folder: Path, weights: str | None, parts: Parts) -> tuple[Method, DDPMScheduler, dict]:
-    """The method with a checkpoint's weights around its base's `parts`, its noise schedule and its training_config.
+def load_checkpoint(folder: Path, weights: str | None, base: Path) -> tuple[Method, DDPMScheduler, dict]:
+    """The method with a checkpoint's weights around its base, its noise schedule and its training_config.
 
     Args:
+        base: the folder of the base that the checkpoint was trained on.
         weights: `raw` or `ema`; None takes `ema` if the checkpoint has it.
 
     Raises:
@@ -72,6 +74,12 @@ def load_checkpoint(folder: Path, weights: str | None, parts: Parts) -> tuple[Me
         weights = "ema" if (folder / "ema").exists() else "raw"
     if not (folder / weights).exists():
         raise InputError(f"{folder}: has no {weights} weights; use 'raw', or train with train.use_ema: true")
+    is_resolved = (base / "manifest.json").exists()
+    if is_resolved and sha256_json(BaseManifest.read(base).files) != config["identity"]["base"]:
+        raise InputError(
+            f"{folder}: was trained on another base than {base}; run `dvc repro`, or use the base's folder"
+        )
+    parts = load_parts(base)
     parts.set_resolution(config["params"]["precompute"]["resolution"])
     method = build_method(recorded_method(config["params"]["method"]), parts)
     method.load(folder / weights)

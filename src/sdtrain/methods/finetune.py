@@ -6,6 +6,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from sdtrain.data.batches import Batch
+from sdtrain.data.shards import Column
 from sdtrain.ground.errors import InputError
 from sdtrain.methods.method import denoising_loss, encode_text
 from sdtrain.models.parts import Parts, load_unet
@@ -18,7 +19,7 @@ class Finetune:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self.columns: dict[str, tuple[int, ...]] = {}
+        self.columns: dict[str, Column] = {}
         self.logged: tuple[str, ...] = ()
         self.trained = parts.unet.requires_grad_(True)
         self.losses = (denoising_loss(self.predict),)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from sdtrain.data.batches import Batch
+from sdtrain.data.shards import Column
 from sdtrain.ground.diffusion import Objective, add_noise, min_snr_weights, prediction_target
 
 LossPass = Callable[[nn.Module, Batch, Objective], dict[str, Tensor]]
@@ -31,12 +32,12 @@ class Method(Protocol):
     trained: nn.Module
     """Holds the run's weights: its parameters with `requires_grad`. Several processes wrap it in DDP, so a loss pass
     calls the module that it is given, not this one."""
-    columns: dict[str, tuple[int, ...]]
-    """Further columns of the latent cache that its batches need: name to the shape of one row. Where the shape depends
-    on the latents', their size is the UNet's `config.sample_size`."""
+    columns: dict[str, Column]
+    """Further columns of the latent cache that its batches need, by name. Where the shape depends on the latents',
+    their size is the UNet's `config.sample_size`."""
     losses: tuple[LossPass, ...]
-    """Each makes one backward pass, and their losses add up. The last one must reach every trained parameter: with
-    several processes it is the one that sums gradients."""
+    """Each makes one backward pass, and their losses add up. What they draw at random follows from `batch.seeds`.
+    The last one must reach every trained parameter: with several processes it is the one that sums gradients."""
     logged: tuple[str, ...]
     """What the loss passes return besides `loss`: columns of the training curve."""
 

@@ -1,7 +1,7 @@
 """The parts of a Stable Diffusion model, loaded from a folder in the Diffusers layout in fp32, frozen, in eval mode."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import diffusers
@@ -27,10 +27,12 @@ class Parts:
     """None in `meta_parts`."""
     scheduler: DDPMScheduler
     """The noise schedule and prediction type that `unet` was trained with."""
+    others: dict[str, nn.Module] = field(default_factory=dict)
+    """Further modules of a loaded pipeline, by its names for them, e.g. `controlnet`."""
 
     def modules(self) -> tuple[nn.Module, ...]:
         """The parts that hold weights."""
-        return self.unet, self.vae, self.text_encoder
+        return self.unet, self.vae, self.text_encoder, *self.others.values()
 
     def set_resolution(self, resolution: int) -> None:
         """Set the size, in px, of the squares that pipelines draw: that of the UNet's training."""
@@ -57,9 +59,16 @@ def load_parts(folder: Path) -> Parts:
 
 
 def parts_of(pipeline: DiffusionPipeline) -> Parts:
-    """The parts of a loaded pipeline, with its scheduler as DDPM."""
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    parts = Parts(pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, scheduler)
+    """All parts of a loaded pipeline, with its scheduler as DDPM."""
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    parts = Parts(
+        unet=modules.pop("unet"),
+        vae=modules.pop("vae"),
+        text_encoder=modules.pop("text_encoder"),
+        tokenizer=pipeline.tokenizer,
+        scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
+        others=modules,
+    )
     for module in parts.modules():
         _frozen(module)
     return parts

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from sdtrain.ground.errors import InputError
@@ -26,7 +26,7 @@ def build_pipeline(parts: Parts, scheduler: DDPMScheduler) -> StableDiffusionPip
     return pipeline
 
 
-def load_pipeline(folder: Path) -> StableDiffusionPipeline:
+def load_pipeline(folder: Path) -> DiffusionPipeline:
     """The pipeline of a Diffusers folder in fp32, on the accelerator where there is one.
 
     Raises:
@@ -35,13 +35,13 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
     if not (folder / "model_index.json").exists():
         raise InputError(f"{folder}: not a Diffusers model (it has no model_index.json)")
     hide_progress_bars()
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(pick_device())
 
 
 def generate(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     prompts: list[str],
     seeds: list[int],
     *,

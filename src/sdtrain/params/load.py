@@ -2,8 +2,9 @@
 
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -11,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from sdtrain.ground.errors import InputError
 from sdtrain.params.rules import RULES, View
-from sdtrain.params.schema import Params
+from sdtrain.params.schema import Params, Section
 
 
 def load_params(path: Path) -> Params:
@@ -29,17 +30,17 @@ def load_params(path: Path) -> Params:
     return check_params(tree, name=str(path))
 
 
-def check_params(tree: object, name: str = "params.yaml") -> Params:
+def check_params(tree: object, name: str = "params.yaml", schema: type[Params] = Params) -> Params:
     """Parse and check a params tree as loaded from YAML; raises as `load_params`."""
     if not isinstance(tree, dict):
         raise InputError(f"{name}: expected a mapping of sections, got {type(tree).__name__}")
     params, details = None, []
     try:
-        params = Params.model_validate(tree)
+        params = schema.model_validate(tree)
     except ValidationError as error:
         details = error.errors()
     view = View(tree, faulty={tuple(map(str, detail["loc"]))[:2] for detail in details})
-    faults = [_describe(detail) for detail in details] + [fault for rule in RULES if (fault := view.ask(rule))]
+    faults = [_describe(detail, schema) for detail in details] + [fault for rule in RULES if (fault := view.ask(rule))]
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise InputError("\n".join([f"{name} has {count}:", *(f"  {fault}" for fault in faults)]))
@@ -47,28 +48,58 @@ def check_params(tree: object, name: str = "params.yaml") -> Params:
     return params
 
 
-def _describe(detail: ErrorDetails) -> str:
+def _describe(detail: ErrorDetails, schema: type[Params]) -> str:
     """One fault in one line: `train.lrr = 0.1: unknown key; nearest is train.lr`."""
-    location = [str(part) for part in detail["loc"]]
-    key, value = ".".join(location), detail["input"]
-    if detail["type"] == "missing":
+    location, value = [str(part) for part in detail["loc"]], detail["input"]
+    models = _models_by_tag(schema, location[0])
+    tag = location.pop(1) if len(models) > 1 and len(location) > 1 else ""  # pydantic names the section's kind, too
+    if detail["type"].startswith("union_tag"):
+        location.append("name")
+        if detail["type"] == "union_tag_invalid":
+            return _wrong_choice(".".join(location), value["name"], list(models))
+    key = ".".join(location)
+    if detail["type"] in ("missing", "union_tag_not_found"):
         return f"{key}: missing; the shipped params.yaml shows every key"
     if detail["type"] == "extra_forbidden":
-        return f"{key} = {value!r}: unknown key; {_nearest_key(location)}"
+        return f"{key} = {value!r}: unknown key; {_nearest_key(location, tag, schema)}"
     if detail["type"] == "literal_error":
-        allowed = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
-        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
-        hint = f"; nearest is {near[0]!r}" if near else ""
-        return f"{key} = {value!r}: must be one of {', '.join(map(repr, allowed))}{hint}"
+        return _wrong_choice(key, value, re.findall(r"'([^']*)'", detail["ctx"]["expected"]))
     return f"{key} = {value!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
 
 
-def _nearest_key(location: list[str]) -> str:
+def _wrong_choice(key: str, value: object, allowed: list[str]) -> str:
+    near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
+    hint = f"; nearest is {near[0]!r}" if near else ""
+    return f"{key} = {value!r}: must be one of {', '.join(map(repr, allowed))}{hint}"
+
+
+def _models_by_tag(schema: type[Params], section: str) -> dict[str, type[Section]]:
+    """The models of a section: one, without a tag, or those of a union by their `name`."""
+    if section not in schema.model_fields:
+        return {}
+    models = list(_models_in(schema.model_fields[section].annotation))
+    if len(models) < 2:
+        return dict.fromkeys([""], *models) if models else {}
+    return {get_args(model.model_fields["name"].annotation)[0]: model for model in models}
+
+
+def _models_in(annotation: object) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    else:
+        for argument in get_args(annotation):
+            yield from _models_in(argument)
+
+
+def _nearest_key(location: list[str], tag: str, schema: type[Params]) -> str:
     *parents, name = location
-    sections = {key: info.annotation.model_fields for key, info in Params.model_fields.items() if key != "seed"}
-    siblings = list(sections[parents[0]]) if parents else list(Params.model_fields)
+    sections = {key: _models_by_tag(schema, key) for key in schema.model_fields}
+    siblings = list(sections[parents[0]][tag].model_fields) if parents else list(schema.model_fields)
     near = difflib.get_close_matches(name, siblings, n=1)
-    elsewhere = [f"{key}.{name}" for key, fields in sections.items() if name in fields]
+    owners = {
+        key: [model for model in models.values() if name in model.model_fields] for key, models in sections.items()
+    }
+    elsewhere = [f"{key}.{name}" for key, found in owners.items() if found and [key] != parents]
     if near:
         return f"nearest is {'.'.join([*parents, near[0]])}"
     if elsewhere:

@@ -69,6 +69,12 @@ class Origin:
             InputError: learning rate, schedule or optimizer differ and aren't reset.
         """
         found = differences(self.identity, {**identity, "origin": self.identity.get("origin")})
+        if "method.name" in found:
+            theirs, ours = found["method.name"]
+            raise InputError(
+                f"train.branch_from = '{self.folder}': was trained with method.name = {theirs!r}, params.yaml says "
+                f"{ours!r}; a run can branch only from its own method's weights"
+            )
         for name in _RESETS:
             changed = {key: values for key, values in found.items() if key in _RESETS[name]}
             if changed and name not in self.reset:

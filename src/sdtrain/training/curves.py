@@ -25,6 +25,10 @@ _SMOOTHING = 0.99
 """Decay, per optimizer step, of the smoothed loss."""
 _MAX_SKIPPED = 25
 """Skipped steps in a row: fp16's scale starts at 2¹⁶ and halves at each, so by then no useful scale is left."""
+_SPEED = [
+    "step", "step_time_ms", "samples_per_sec", "data_wait", "peak_memory_gib", "num_processes", "micro_batch_size",
+]  # fmt: skip
+"""The speed table's columns, also where no interval was timed."""
 _ADVICE = "lower train.lr, set train.max_grad_norm, or use train.precision: bf16 instead of fp16"
 
 
@@ -228,7 +232,7 @@ class Curves:
         head = ["step", "loss_raw", "loss_ema"]
         bins = [name for name in self.validation_rows[-1] if name not in head]
         validation = pd.DataFrame(self.validation_rows, columns=head + bins)
-        train, speed = pd.DataFrame(self.train_rows), pd.DataFrame(self.speed_rows)
+        train, speed = pd.DataFrame(self.train_rows), pd.DataFrame(self.speed_rows, columns=_SPEED)
         for path, table in ((train_curve, train), (speed_curve, speed), (validation_curve, validation)):
             write_text(path, table.to_csv(index=False, lineterminator="\n"))
 
@@ -238,7 +242,8 @@ class Curves:
             fresh = self._accelerator.reduce(torch.stack(self._unread), "sum").double().cpu().numpy()
             self._read, self._unread = np.concatenate([self._read, fresh]), []
         for place, (numbers, skipped) in enumerate(zip(self._read, self._skipped, strict=True)):
-            for name, what in (("loss", "loss"), ("grad_norm", "gradient"), ("param_norm", "norm of the weights")):
+            named = {"loss": "loss", "grad_norm": "gradient", "param_norm": "norm of the weights"}
+            for name, what in {**named, **{name: f"logged {name}" for name in self._logged}}.items():
                 if not math.isfinite(numbers[self._columns.index(name)]) and not skipped:
                     step = self._flushed_step + place
                     raise InputError(

@@ -3,13 +3,14 @@
 import inspect
 import subprocess
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from sdtrain.ground.files import sha256_file, sha256_json
 from sdtrain.ground.imports import SOURCE, import_closure
 from sdtrain.ground.manifests import BaseManifest, LatentsManifest
 from sdtrain.methods import METHODS, method
-from sdtrain.params.schema import Params
+from sdtrain.params.schema import Params, TrainParams
 from sdtrain.training import selection, step, validation
 from sdtrain.training.files import TrainFiles
 from sdtrain.training.optimizer import OPEN_ENDED
@@ -17,7 +18,7 @@ from sdtrain.training.optimizer import OPEN_ENDED
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "safetensors")
 _CONTINUATION = {"resume", "resume_reset", "save_every_n_steps", "num_saved_runs", "trackers"}
 """How a run is saved, resumed and tracked: none of it changes what it computes."""
-_SPLIT = {"micro_batch_size", "gradient_checkpointing"}
+SPLIT = {"micro_batch_size", "gradient_checkpointing"}
 """How the same sums are split; they change rounding only, and a run may move to another machine."""
 _LENGTH = {"max_steps", "max_epochs"}
 """Covered by `num_steps`, if the learning rate's schedule depends on it."""
@@ -25,6 +26,11 @@ _IMAGES = {"prompts", "num_inference_steps", "guidance_scale", "batch_size"}
 """Settings of the images drawn during training, and the batches of the held-out loss."""
 
 
+_COMPUTING_ALONE = (
+    "sdtrain.train", "sdtrain.training.run", "sdtrain.training.curves", "sdtrain.training.state_files",
+    "sdtrain.training.branching",
+)  # fmt: skip
+"""The loop, the curves, and what a run resumes or branches with; what these import checks and prints, too."""
 _NOT_COMPUTING = ("sdtrain", "sdtrain.ground.errors", "sdtrain.methods", "sdtrain.params*")
 """The version; the exceptions; the table of all methods; and the params' schema, whose values are in the identity."""
 
@@ -34,13 +40,13 @@ def training_identity(params: Params, files: TrainFiles, num_steps: int, origin:
     return {
         "seed": params.seed,
         "method": params.method.model_dump(),
-        "train": params.train.model_dump(exclude=_CONTINUATION | _SPLIT | _LENGTH),
+        "train": params.train.model_dump(exclude=_CONTINUATION | SPLIT | _LENGTH),
         "validation": params.validation.model_dump(exclude=_IMAGES),
         "num_steps": None if params.train.lr_scheduler in OPEN_ENDED else num_steps,
         "base": sha256_json(BaseManifest.read(files.base).files),
         "latents": sha256_json(LatentsManifest.read(files.latents).model_dump(mode="json")),
         "code": code_hashes(params.method.name),
-        "libraries": library_versions(),
+        "libraries": library_versions(params.train),
         "origin": origin,
     }
 
@@ -92,7 +98,8 @@ def code_hashes(method_name: str) -> dict[str, str]:
     """
     computing = (step, validation, selection, method, inspect.getmodule(METHODS[method_name].build))
     files = [Path(module.__file__).resolve() for module in computing]
-    found = {_module_name(file): file for file in files}
+    alone = [SOURCE.joinpath(*name.split(".")).with_suffix(".py") for name in _COMPUTING_ALONE]
+    found = {_module_name(file): file for file in [*files, *alone]}
     found |= import_closure(files, {"sdtrain": SOURCE}, skip=_NOT_COMPUTING)
     return {name: sha256_file(file) for name, file in sorted(found.items())}
 
@@ -102,9 +109,10 @@ def _module_name(file: Path) -> str:
     return ".".join(file.relative_to(SOURCE).with_suffix("").parts) if inside else file.stem
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries whose arithmetic a run depends on."""
-    return {name: version(name) for name in _LIBRARIES}
+def library_versions(params: TrainParams) -> dict[str, str | None]:
+    """Versions of the libraries whose arithmetic a run depends on; None is not installed."""
+    names = (*_LIBRARIES, "bitsandbytes") if params.optimizer == "adamw_8bit" else _LIBRARIES
+    return {name: version(name) if find_spec(name) else None for name in names}
 
 
 def git_commit() -> str | None:

@@ -18,7 +18,7 @@ from sdtrain.training.curves import Curves
 from sdtrain.training.devices import build_accelerator
 from sdtrain.training.disk import check_disk
 from sdtrain.training.files import TrainFiles
-from sdtrain.training.identity import describe, differences, git_commit
+from sdtrain.training.identity import SPLIT, describe, git_commit
 from sdtrain.training.optimizer import build_lr_scheduler
 from sdtrain.training.preflight import check_base, check_run
 from sdtrain.training.selection import Candidate, has_stalled
@@ -206,14 +206,13 @@ def _open(
     return run
 
 
-def _take_over(run: Run, trained_with: dict) -> None:
-    """Nothing is left to train: keep the earlier result, recorded with the params that it was trained with."""
-    unused = {
-        key: values for key, values in differences(trained_with, run.trained_with).items() if key.startswith("train.")
-    }
+def _take_over(run: Run, earlier: dict) -> None:
+    """Nothing is left to train: record the split that was run, and say that another one has no effect."""
+    now, split = run.trained_with["train"], {key: earlier["train"][key] for key in sorted(SPLIT)}
+    unused = {f"train.{key}": (value, now[key]) for key, value in split.items() if value != now[key]}
     without_effect = f" ({describe(unused)}: no effect)" if unused else ""
     run.trainer.accelerator.print(
         f"run {run.spec.fingerprint} was already trained to its end ({run.first_step} steps): that result is used and "
         f"nothing is trained{without_effect}; to train it again, set train.resume: never"
     )
-    run.trained_with = trained_with
+    run.trained_with = {**run.trained_with, "train": {**now, **split}}

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from sdtrain.data.batches import BatchMaker
 from sdtrain.data.shards import LatentShards
+from sdtrain.ground import randomness
 from sdtrain.ground.diffusion import Objective
 from sdtrain.ground.manifests import encoders_fingerprint
 from sdtrain.methods import build_method
@@ -69,8 +71,9 @@ def build_trainer(params: Params, files: TrainFiles, accelerator: Accelerator) -
     parts = load_parts(files.base)
     scheduler = training_scheduler(parts.scheduler, train.prediction_type, train.zero_terminal_snr)
     parts.set_resolution(params.precompute.resolution)
-    parts.to(device)
+    torch.manual_seed(randomness.integer(params.seed, "method"))  # for modules that start at random, on the CPU
     method = build_method(params.method, parts)
+    parts.to(device)
     method.trained.to(device).train()
     assert not list(method.trained.buffers()), "a saved state holds parameters; buffers would be lost"
     if train.gradient_checkpointing:
