@@ -212,13 +212,14 @@ def test_a_finished_run_that_is_taken_over_says_so_and_records_what_ran(workspac
 
 
 def test_a_run_that_moves_to_another_split_records_both(workspace, tmp_path, monkeypatch):
+    steps = {**STEPS, "log_every_n_steps": 1}
     with monkeypatch.context() as patch:
         stopped_after(patch, 4)
         with pytest.raises(SystemExit):
-            workspace.train(tmp_path, train=STEPS)
-    run = workspace.train(tmp_path, train={**STEPS, "micro_batch_size": 4})
+            workspace.train(tmp_path, train=steps)
+    run = workspace.train(tmp_path, train={**steps, "micro_batch_size": 4})
     speed = pd.read_csv(tmp_path / "train_speed.csv")
-    assert dict(zip(speed.step, speed.micro_batch_size, strict=True)) == {4: 8, 6: 4}
+    assert dict(zip(speed.step, speed.micro_batch_size, strict=True)) == {1: 8, 2: 8, 3: 8, 4: 8, 5: 4, 6: 4}
     assert speed.num_processes.unique().tolist() == [1]
     config = json.loads((run.checkpoints / "last" / "training_config.json").read_text())
     assert config["params"]["train"]["micro_batch_size"] == 4
