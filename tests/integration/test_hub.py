@@ -531,8 +531,8 @@ def test_a_vae_with_other_channels_does_not_fit(hub, client, model, out):
     message = refusal(client.resolve_base, out, source="hub", repo="acme/four-channels", vae_repo="acme/vae-of-eight")
     assert message.splitlines() == [
         "the base model's parts don't fit together:",
-        "  unet in_channels = 4, but vae latent_channels = 8: the UNet must take and give the VAE's latents",
-        "  unet out_channels = 4, but vae latent_channels = 8: the UNet must take and give the VAE's latents",
+        "  unet in_channels = 4, but vae latent_channels = 8: the UNet's input and output must be the VAE's latents",
+        "  unet out_channels = 4, but vae latent_channels = 8: the UNet's input and output must be the VAE's latents",
     ]
 
 
@@ -546,7 +546,7 @@ def test_a_text_encoder_of_another_width_does_not_fit(hub, client, model, out):
     assert message.splitlines() == [
         "the base model's parts don't fit together:",
         "  unet cross_attention_dim = 16, but text_encoder hidden_size = 32: "
-        "the UNet must attend to the text encoder's width",
+        "the UNet's cross-attention must have the text encoder's width",
     ]
 
 
