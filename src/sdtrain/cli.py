@@ -16,12 +16,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="sdtrain", description="Fine-tune Stable Diffusion; see README.md.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("generate", help="draw images from prompts")
-    command.add_argument("--model", type=Path, required=True, help="a Diffusers model's folder, or a checkpoint's")
-    command.add_argument(
-        "--base",
-        type=Path,
-        help="where a checkpoint's VAE and text encoder come from (data/base)",
-    )
+    command.add_argument("--model", type=Path, required=True, help="an exported model's folder, or a checkpoint's")
+    command.add_argument("--base", type=Path, help="the base of an adapter or a checkpoint (data/base)")
     command.add_argument("--weights", choices=["ema", "raw"], help="a checkpoint's weights (ema if it has them)")
     command.add_argument("--prompt", action="append", required=True, help="may be given several times")
     command.add_argument("--negative-prompt", default="", help="what to steer away from")
@@ -71,19 +67,22 @@ def _generate(options: argparse.Namespace) -> None:
         raise InputError(f"--model {options.model}: no such folder; `dvc repro export` makes data/model")
     from sdtrain.methods.checkpoints import is_checkpoint, load_checkpoint
     from sdtrain.models.parts import pick_device
-    from sdtrain.models.pipelines import generate, load_pipeline
+    from sdtrain.models.pipelines import generate
+    from sdtrain.models.trained import has_adapter, load_model
 
-    if is_checkpoint(options.model):
-        base = options.base or Path("data/base")
+    base, of_checkpoint = options.base or Path("data/base"), is_checkpoint(options.model)
+    if options.weights and not of_checkpoint:
+        raise InputError(f"--weights {options.weights}: {options.model} is an exported model, not a checkpoint")
+    if of_checkpoint or has_adapter(options.model):
         if not (base / "model_index.json").exists():
-            raise InputError(f"--base {base}: no base model there; a checkpoint needs its VAE and text encoder")
+            raise InputError(f"--base {base}: no base model there; {options.model} needs it")
+    elif options.base:
+        raise InputError(f"--base {options.base}: {options.model} is a complete model")
+    if of_checkpoint:
         method, scheduler, _ = load_checkpoint(options.model, options.weights, base)
         pipeline = method.pipeline(scheduler).to(pick_device())
-    elif options.weights or options.base:
-        option = f"--weights {options.weights}" if options.weights else f"--base {options.base}"
-        raise InputError(f"{option}: {options.model} is a complete model, not a checkpoint")
     else:
-        pipeline = load_pipeline(options.model)
+        pipeline = load_model(options.model, base)
     prompts = [prompt for prompt in options.prompt for _ in range(options.num_images)]
     seeds = [options.seed + place for _ in options.prompt for place in range(options.num_images)]
     images = generate(

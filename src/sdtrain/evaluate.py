@@ -15,6 +15,7 @@ from sdtrain.ground.statistics import bootstrap_interval
 from sdtrain.methods import build_method
 from sdtrain.models.parts import parts_of
 from sdtrain.models.pipelines import load_pipeline
+from sdtrain.models.trained import load_model
 from sdtrain.params.schema import EvaluateParams, Section
 
 
@@ -37,7 +38,7 @@ def evaluate_model(
     Writes flat numbers to `metrics`; the held-out loss by timestep to `loss_table`; and for generated
     scenes the accuracy by kind of prompt and field to `accuracy_table` (else a table without rows).
     """
-    pipelines = {"base": load_pipeline(base), "trained": load_pipeline(model)}
+    pipelines = {"base": load_pipeline(base), "trained": load_model(model, base)}
     shards = LatentShards(latents, "validation", encoders_fingerprint(base))
     numbers, table = _held_out_loss(params, seed, method, pipelines, shards)
     write_text(loss_table, table.to_csv(index=False, lineterminator="\n"))

@@ -1,5 +1,6 @@
-"""Exports the trained model for stock Diffusers, after a comparison with the checkpoint's weights."""
+"""Exports the trained weights in the forms that programs load; each is loaded back by stock libraries and compared."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,52 +10,65 @@ from torch import Tensor, nn
 
 from sdtrain import __version__
 from sdtrain.data.batches import Batch
-from sdtrain.ground.files import new_folder, read_json, write_json, write_text
-from sdtrain.ground.schedules import scaled_lr
+from sdtrain.ground.files import new_folder, read_json, write_json
+from sdtrain.ground.headers import add_metadata
 from sdtrain.methods import build_method, recorded_method
 from sdtrain.methods.checkpoints import load_checkpoint
+from sdtrain.methods.exports import Exported
 from sdtrain.methods.method import Method
 from sdtrain.models.parts import parts_of
+from sdtrain.models.sd1 import SD1
 from sdtrain.params.schema import ExportParams
 
-_TOLERANCE = {"fp32": 0.0, "fp16": 2e-2}
-"""Relative error allowed between the checkpoint's and the exported model's predictions."""
+_ERROR_IN_16_BIT = 2e-2
+"""Relative error allowed between the checkpoint's predictions and those of an export in fp16."""
 
 
 def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path) -> None:
-    """Write `out`, a Diffusers folder with the chosen checkpoint's weights and the base's other parts.
+    """Write `out`: the chosen checkpoint's weights in every form that the params ask for.
 
     Raises:
-        InputError: the checkpoint is missing, or doesn't have these weights.
+        InputError: the checkpoint is missing or doesn't have these weights, or a form can't hold the model.
         AssertionError: the written weights, or their output, don't match the checkpoint.
     """
     method, scheduler, config = load_checkpoint(checkpoints / params.checkpoint, params.weights, base)
     pipeline = method.pipeline(scheduler)
     probe = _probe(method, pipeline)
     expected = _predict(method, probe)
+    lines = [f"{os.fspath(out)}: {params.weights} weights of step {config['step']}"]
     with new_folder(out) as folder:
-        if params.dtype == "fp16":
-            for part in _modules(pipeline).values():
-                part.half()
-        pipeline.save_pretrained(folder, safe_serialization=True)
         # Without the git commit, which doesn't change the model.
         recorded = {name: value for name, value in config.items() if name != "git_commit"}
         write_json(folder / "training_config.json", {**recorded, "export": params.model_dump()})
-        write_text(folder / "README.md", _model_card(params, config, read_json(base / "manifest.json")))
-        loaded = type(pipeline).from_pretrained(folder, dtype=torch.float32)
-        for name, part in _modules(pipeline).items():
-            _assert_same_weights(name, part, getattr(loaded, name))
-        again = build_method(recorded_method(config["params"]["method"]), parts_of(loaded))
-        difference = ((_predict(again, probe) - expected).norm() / expected.norm()).item()
-        assert difference <= _TOLERANCE[params.dtype], (
-            f"the exported model's prediction differs from the checkpoint's by {difference:.2e} (relative), "
-            f"at most {_TOLERANCE[params.dtype]:.0e} is allowed for {params.dtype}"
-        )
-        size_mib = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20
-    print(
-        f"{os.fspath(out)}: {params.weights} weights of step {config['step']}, {size_mib:.1f} MiB, "
-        f"reloaded output differs by {difference:.1e}"
+        history = _history(params, config, read_json(base / "manifest.json"))
+        for form in method.export(folder, scheduler, params, base):
+            for file in [form.path] if form.path.is_file() else sorted(form.path.rglob("*.safetensors")):
+                add_metadata(file, history | _structure(pipeline, form, file))
+            name = form.path.name if form.path != folder else "Diffusers folder"
+            difference = _difference(name, form, params, config, probe, expected)
+            lines.append(f"  {name}: {_size(form.path)}, reloaded output differs by {difference:.1e}")
+    print("\n".join(lines))
+
+
+def _difference(name: str, form: Exported, params: ExportParams, config: dict, probe: Batch, expected: Tensor) -> float:
+    """Relative error of the form's predictions; it must be as small as the form allows."""
+    loaded = form.load()
+    if form.written is not None:
+        for part, written in _modules(form.written).items():
+            _assert_same_weights(f"{part} of {name}", written, getattr(loaded, part))
+    again = build_method(recorded_method(config["params"]["method"]), parts_of(loaded))
+    difference = ((_predict(again, probe) - expected).norm() / expected.norm()).item()
+    allowed = form.error if params.dtype == "fp32" else _ERROR_IN_16_BIT
+    assert difference <= allowed, (
+        f"{name}: its prediction differs from the checkpoint's by {difference:.2e} (relative), at most {allowed:.0e} "
+        f"is allowed for {params.dtype}"
     )
+    return difference
+
+
+def _size(path: Path) -> str:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return f"{sum(file.stat().st_size for file in files) / 2**20:.1f} MiB"
 
 
 def _modules(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -66,7 +80,7 @@ def _assert_same_weights(name: str, written: nn.Module, loaded: nn.Module) -> No
     ours, theirs = written.state_dict(), loaded.state_dict()
     differ = [key for key in ours.keys() | theirs.keys() if key not in ours or key not in theirs]
     differ = differ or [key for key in ours if not torch.equal(ours[key].float(), theirs[key].float())]
-    assert not differ, f"the exported {name} differs from the checkpoint's in {len(differ)} tensors, e.g. {differ[0]}"
+    assert not differ, f"the {name} differs from the checkpoint's in {len(differ)} tensors, e.g. {differ[0]}"
 
 
 def _probe(method: Method, pipeline: DiffusionPipeline) -> Batch:
@@ -84,35 +98,31 @@ def _predict(method: Method, probe: Batch) -> Tensor:
     return method.predict(method.trained, probe.latents, probe.timesteps, probe)
 
 
-def _model_card(params: ExportParams, config: dict, base: dict) -> str:
-    origin = "\n".join(f"- {', '.join(s['parts'])}: " + _origin(s) for s in base["sources"])
-    train = config["params"]["train"]
-    lr = scaled_lr(train["lr"], train["lr_scaling"], train["batch_size"], train["lr_reference_batch_size"])
-    seed, num_train = config["params"]["seed"], config["num_train"]
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
----
-# Fine-tuned with sdtrain {__version__}
-
-The UNet was trained for {config["step"]} of {config["num_steps"]} steps on {num_train} images, effective
-batch {train["batch_size"]}, learning rate {lr:g} ({train["lr_scheduler"]}), {train["prediction_type"]}
-prediction, seed {seed}; held-out loss {config["validation_loss"][params.weights]:.5f}. These are its {params.weights}
-weights. `training_config.json` holds every setting.
-
-Base:
-{origin}
-
-```python
-from diffusers import StableDiffusionPipeline
-
-pipeline = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
-pipeline("a prompt").images[0].save("image.png")
-```
-"""
+def _history(params: ExportParams, config: dict, base: dict) -> dict[str, str]:
+    """Where an exported file comes from, for its header: ModelSpec 1.0.0's keys, and sdtrain's own."""
+    train, resolution = config["params"]["train"], config["params"]["precompute"]["resolution"]
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": params.name,
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[train["prediction_type"]],
+        "sdtrain.version": __version__,
+        "sdtrain.run": config["fingerprint"],
+        "sdtrain.step": str(config["step"]),
+        "sdtrain.weights": params.weights,
+        "sdtrain.data": config["identity"]["latents"],
+        "sdtrain.base": json.dumps(base["sources"], sort_keys=True),
+        "sdtrain.identity": json.dumps(config["identity"], sort_keys=True),
+    }
 
 
-def _origin(source: dict) -> str:
-    if "repo" in source:
-        return f"{source['repo']} at commit {source['commit']}"
-    return f"from scratch, seed {source['seed']}" if "unet_config" in source else f"local folder {source['path']}"
+def _structure(pipeline: DiffusionPipeline, form: Exported, file: Path) -> dict[str, str]:
+    """ModelSpec's names of the structure: Stable Diffusion 1.x's or a custom one; and of the layout."""
+    config = pipeline.unet.config
+    is_sd1 = all(list(config[key]) == SD1.unet[key] for key in ("block_out_channels", "down_block_types"))
+    kind = form.kind if file == form.path else file.parent.relative_to(form.path).as_posix()
+    is_original = file == form.path and not form.kind
+    return {
+        "modelspec.architecture": "/".join(filter(None, ("stable-diffusion-v1" if is_sd1 else "custom", kind))),
+        "modelspec.implementation": "https://github.com/CompVis/stable-diffusion" if is_original else "diffusers",
+    }

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sdtrain.ground.files import new_folder
 from sdtrain.models.pipelines import generate, load_pipeline
+from sdtrain.models.trained import load_model
 from sdtrain.params.schema import SampleParams
 
 _MIN_CELL_PX = 128
@@ -15,9 +16,8 @@ _MARGIN_PX = 8
 
 def sample_grid(params: SampleParams, seed: int, base: Path, model: Path, out: Path) -> None:
     """Draw `out/grid.png`: a row per prompt, the base's images left and the trained model's right."""
-    columns = {
-        name: _draw(params, seed, load_pipeline(folder)) for name, folder in (("base", base), ("trained", model))
-    }
+    pipelines = {"base": load_pipeline(base), "trained": load_model(model, base)}
+    columns = {name: _draw(params, seed, pipeline) for name, pipeline in pipelines.items()}
     with new_folder(out) as folder:
         draw_grid(columns, params.prompts).save(folder / "grid.png")
 

@@ -55,7 +55,7 @@ def test_an_export_that_differs_from_the_checkpoint_is_not_kept(workspace, run, 
 
     monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", save_wrongly)
     with pytest.raises(
-        AssertionError, match="the exported unet differs from the checkpoint's in 1 tensors, e.g. conv_out.bias"
+        AssertionError, match="the unet of Diffusers folder differs from the checkpoint's in 1 tensors, e.g. conv_out.bias"
     ):
         export_model(workspace.make_params().export, workspace.base, run.checkpoints, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

@@ -218,9 +218,7 @@ def test_modules_of_a_pipeline_beyond_the_unet_reach_the_method(workspace, tmp_p
 def test_a_branch_from_another_methods_weights_is_refused(workspace, whole, latents, tmp_path):
     source = sorted(whole.states.glob("*/step-*"))[-1]
     train = {"resume": "branch", "branch_from": str(source), "max_steps": 9, "resume_reset": ["scheduler"]}
-    with pytest.raises(
-        InputError, match="with method.name = 'time_embedding', params.yaml says 'finetune'"
-    ):
+    with pytest.raises(InputError, match="with method.name = 'time_embedding', params.yaml says 'finetune'"):
         workspace.train(tmp_path, latents=latents, train=train)
 
 

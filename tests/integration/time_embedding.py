@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sdtrain.data.shards import Column
 from sdtrain.methods import METHODS, Kind
+from sdtrain.methods.exports import export_full
 from sdtrain.methods.method import denoising_loss, encode_text
 from sdtrain.models.pipelines import build_pipeline
 from sdtrain.params.schema import Section
@@ -52,6 +53,9 @@ class TimeEmbedding:
 
     def pipeline(self, scheduler):
         return build_pipeline(self._parts, scheduler)
+
+    def export(self, folder, scheduler, params, base):
+        return export_full(self.pipeline(scheduler), folder, folder / f"{params.name}.safetensors", params)
 
 
 METHODS["time_embedding"] = Kind(TimeEmbeddingParams, TimeEmbedding)

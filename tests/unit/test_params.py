@@ -16,6 +16,7 @@ from sdtrain.training.optimizer import peak_lr
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "params.yaml"
+LORA = load_params(ROOT / "recipes" / "lora.yaml").method.model_dump()
 
 
 def changed(**changes) -> dict:
@@ -135,7 +136,7 @@ def test_every_fault_comes_in_one_message():
         "seed = -1: input should be greater than or equal to 0",
         "train.lr = 0: input should be greater than 0",
         "train.lrr = 0.5: unknown key; nearest is train.lr",
-        "train.batch_size: missing; the shipped params.yaml shows every key",
+        "train.batch_size: missing; the shipped params.yaml and the recipes show every key",
         "train.use_ema = 'yes': input should be a valid boolean",
         "validation.prompts.1 = '': string should have at least 1 character",
         "dataset.alpha_background = 'white': string should match pattern",
@@ -150,6 +151,10 @@ def test_every_fault_comes_in_one_message():
 IMAGEFOLDER = {"dataset__source": "imagefolder"}
 NO_EMA = {"train__use_ema": False, "export__weights": "raw"}
 RULE_CASES = [
+    ({"export__merged": True}, "export.merged = True: has no effect with method.name = 'finetune', whose model is "),
+    ({"method": {**LORA, "use_dora": True}}, "export.merged = False: with method.use_dora = True only the merged"),
+    ({"method": LORA, "export__single_file": True}, "export.single_file = True: is for full models, and with export."),
+    ({"method": LORA, "export__name": "pytorch_lora_weights"}, "export.name = 'pytorch_lora_weights': is the name of "),
     ({"base__source": "hub"}, "base.repo = None: base.source = 'hub' needs a repository, owner/name"),
     ({"dataset__source": "hub"}, "dataset.repo = None: dataset.source = 'hub' needs a repository, owner/name"),
     ({"base__repo": "a/b"}, "base.repo = 'a/b': base.source = 'local' doesn't read it; set base.source: hub"),
@@ -410,6 +415,7 @@ def test_the_shipped_params_hold_the_neutral_values():
 SOURCES = get_args(DatasetParams.model_fields["source"].annotation)
 MUST_FOLLOW = {
     "params.yaml": {"hub": {"dataset.repo"}},
+    "lora.yaml": {"hub": {"dataset.repo"}},
     "images.yaml": {"hub": {"dataset.repo"}, "generated": {"precompute.random_flip"}},
     "scratch.yaml": {
         "hub": {"dataset.repo", "dataset.num_scenes"},
@@ -497,6 +503,37 @@ def test_a_faulty_item_of_a_list_is_named():
     )
 
 
+@pytest.mark.parametrize("targets", ["attention", "linear", "conv", ["to_q"], ["attn2.to_k", "conv_in"]])
+def test_target_modules_are_a_set_or_a_list(targets):
+    params = check_params(changed(method={**LORA, "target_modules": targets}))
+    assert params.method.target_modules == targets
+    assert params.model_dump()["method"]["target_modules"] == targets
+
+
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        ("atention", "= 'atention': must be one of 'attention', 'linear', 'conv'; nearest is 'attention'"),
+        ([], "= []: list should have at least 1 item after validation, not 0"),
+        (["to_q", ""], ".1 = '': string should have at least 1 character"),
+        ([3], ".0 = 3: input should be a valid string"),
+        (3, "= 3: must be one of 'attention', 'linear', 'conv'"),
+        (None, "= None: must be one of"),
+    ],
+)
+def test_faulty_target_modules_are_one_fault(targets, says):
+    head, fault = message(changed(method={**LORA, "target_modules": targets})).split("\n")
+    assert head == "params.yaml has 1 fault:"
+    assert says in fault
+    assert fault.startswith("  method.target_modules")
+
+
+def test_rules_are_silent_about_a_methods_faulty_field():
+    """Its place in pydantic's errors has the method's name in it."""
+    head, fault = message(changed(method={**LORA, "use_dora": 1})).split("\n")
+    assert (head, fault) == ("params.yaml has 1 fault:", "  method.use_dora = 1: input should be a valid boolean")
+
+
 class OtherParams(Section):
     name: Literal["other"]
     rank: int
@@ -514,7 +551,7 @@ class TwoMethods(Params):
         ({"name": "other", "rank": "4"}, "method.rank = '4': input should be a valid integer"),
         ({"name": "other"}, "method.rank: missing"),
         ({"name": "other", "rank": 4, "ranc": 4}, "method.ranc = 4: unknown key; nearest is method.rank"),
-        ({"name": "finetune", "rank": 4}, "method.rank = 4: unknown key; there are name"),
+        ({"name": "finetune", "rank": 4}, "method.rank = 4: unknown key; only method.name = 'other' has it"),
         ({"name": "othr", "rank": 4}, "method.name = 'othr': must be one of 'finetune', 'other'; nearest is 'other'"),
         ({"rank": 4}, "method.name: missing"),
     ],

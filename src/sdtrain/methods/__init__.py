@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdtrain.ground.errors import InputError
-from sdtrain.methods import finetune
+from sdtrain.methods import finetune, lora
+from sdtrain.methods.exports import full_model_bytes
 from sdtrain.methods.method import Method
 from sdtrain.models.parts import Parts
-from sdtrain.params.schema import FinetuneParams, Section
+from sdtrain.params.schema import ExportParams, FinetuneParams, LoraParams, Section
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,17 @@ class Kind:
 
     params: type[Section]
     build: Callable[[Any, Parts], Method]
+    exported_bytes: Callable[[Any, ExportParams, int, int], int] = full_model_bytes
+    """About the size of its exports, from its section, the section `export`, and the numbers of trained and all
+    weights."""
+    libraries: tuple[str, ...] = ()
+    """Packages, beyond those that every method uses, on whose arithmetic its weights depend."""
 
 
-METHODS = {"finetune": Kind(FinetuneParams, finetune.build)}
+METHODS = {
+    "finetune": Kind(FinetuneParams, finetune.build),
+    "lora": Kind(LoraParams, lora.build, lora.exported_bytes, libraries=("peft",)),
+}
 """By `method.name`."""
 
 

@@ -12,12 +12,11 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.files import check_sealed, new_folder, read_json, seal_folder, sha256_json, write_json
-from sdtrain.ground.manifests import BaseManifest
+from sdtrain.ground.files import check_sealed, new_folder, read_json, seal_folder, write_json
 from sdtrain.methods import build_method, recorded_method
 from sdtrain.methods.method import Method, trained_parameters
 from sdtrain.models.ema import averaged
-from sdtrain.models.parts import load_parts, training_scheduler
+from sdtrain.models.trained import load_base_of
 
 
 def save_checkpoint(folder: Path, method: Method, ema: EMAModel | None, config: dict) -> None:
@@ -74,20 +73,13 @@ def load_checkpoint(folder: Path, weights: str | None, base: Path) -> tuple[Meth
         weights = "ema" if (folder / "ema").exists() else "raw"
     if not (folder / weights).exists():
         raise InputError(f"{folder}: has no {weights} weights; use 'raw', or train with train.use_ema: true")
-    is_resolved = (base / "manifest.json").exists()
-    if is_resolved and sha256_json(BaseManifest.read(base).files) != config["identity"]["base"]:
-        raise InputError(
-            f"{folder}: was trained on another base than {base}; run `dvc repro`, or use the base's folder"
-        )
-    parts = load_parts(base)
-    parts.set_resolution(config["params"]["precompute"]["resolution"])
+    parts, scheduler = load_base_of(folder, base)
     method = build_method(recorded_method(config["params"]["method"]), parts)
     method.load(folder / weights)
     method.trained.requires_grad_(False).eval()
-    train = config["params"]["train"]
-    return method, training_scheduler(parts.scheduler, train["prediction_type"], train["zero_terminal_snr"]), config
+    return method, scheduler, config
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether `save_checkpoint` wrote the folder; False for an exported model."""
-    return (folder / "training_config.json").exists() and not (folder / "model_index.json").exists()
+    return (folder / "training_config.json").exists() and (folder / "raw").exists()

@@ -1,5 +1,6 @@
 """Plain fine-tuning: all of the UNet's weights, on captions."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from diffusers import DDPMScheduler, StableDiffusionPipeline
@@ -8,10 +9,11 @@ from torch import Tensor, nn
 from sdtrain.data.batches import Batch
 from sdtrain.data.shards import Column
 from sdtrain.ground.errors import InputError
-from sdtrain.methods.method import denoising_loss, encode_text
+from sdtrain.methods.exports import Exported, export_full
+from sdtrain.methods.method import denoising_loss, predict_from_text
 from sdtrain.models.parts import Parts, load_unet
 from sdtrain.models.pipelines import build_pipeline
-from sdtrain.params.schema import FinetuneParams
+from sdtrain.params.schema import ExportParams, FinetuneParams
 
 
 class Finetune:
@@ -25,8 +27,7 @@ class Finetune:
         self.losses = (denoising_loss(self.predict),)
 
     def predict(self, model: nn.Module, noisy_latents: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
-        encoder_hidden_states = encode_text(self._parts.text_encoder, batch.input_ids)
-        return model(noisy_latents, timesteps, encoder_hidden_states).sample
+        return predict_from_text(self._parts.text_encoder, model, noisy_latents, timesteps, batch)
 
     def save(self, folder: Path) -> None:
         self.trained.save_pretrained(folder)
@@ -39,6 +40,9 @@ class Finetune:
 
     def pipeline(self, scheduler: DDPMScheduler) -> StableDiffusionPipeline:
         return build_pipeline(self._parts, scheduler)
+
+    def export(self, folder: Path, scheduler: DDPMScheduler, params: ExportParams, base: Path) -> Iterator[Exported]:
+        return export_full(self.pipeline(scheduler), folder, folder / f"{params.name}.safetensors", params)
 
 
 def build(params: FinetuneParams, parts: Parts) -> Finetune:

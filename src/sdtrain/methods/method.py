@@ -4,7 +4,7 @@ The loop, the step, saved states, checkpoints, the held-out loss, the memory est
 what a `Method` has; `trained_parameters` is the one definition of a run's weights.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,8 @@ from transformers import CLIPTextModel
 from sdtrain.data.batches import Batch
 from sdtrain.data.shards import Column
 from sdtrain.ground.diffusion import Objective, add_noise, min_snr_weights, prediction_target
+from sdtrain.methods.exports import Exported
+from sdtrain.params.schema import ExportParams
 
 LossPass = Callable[[nn.Module, Batch, Objective], dict[str, Tensor]]
 """From (`trained`, wrapped for several processes; a batch of B rows; the objective) to float32 values of each row,
@@ -64,6 +66,17 @@ class Method(Protocol):
     def pipeline(self, scheduler: DDPMScheduler) -> DiffusionPipeline:
         """A pipeline around the current weights, with the noise schedule that they were trained on."""
 
+    def export(self, folder: Path, scheduler: DDPMScheduler, params: ExportParams, base: Path) -> Iterator[Exported]:
+        """Write the current weights in every form that the params ask for; yields each form once it is written.
+
+        Args:
+            folder: has the `training_config.json` already.
+            base: the folder of the base, for forms that need it to be loaded.
+
+        Raises:
+            InputError: a form can't hold the model.
+        """
+
 
 def trained_parameters(method: Method) -> dict[str, nn.Parameter]:
     """The run's weights by name, in the module's order."""
@@ -95,6 +108,13 @@ def denoising_loss(predict: Predict) -> LossPass:
         return {"loss": loss}
 
     return losses
+
+
+def predict_from_text(
+    text_encoder: CLIPTextModel, unet: nn.Module, noisy_latents: Tensor, timesteps: Tensor, batch: Batch
+) -> Tensor:
+    """What a UNet predicts under the captions alone."""
+    return unet(noisy_latents, timesteps, encode_text(text_encoder, batch.input_ids)).sample
 
 
 def encode_text(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:

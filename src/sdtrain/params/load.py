@@ -14,6 +14,9 @@ from sdtrain.ground.errors import InputError
 from sdtrain.params.rules import RULES, View
 from sdtrain.params.schema import Params, Section
 
+_KINDS = ("literal[", "list[")
+"""How pydantic's locations name the kinds of a field that has several."""
+
 
 def load_params(path: Path) -> Params:
     """Read and check a params file.
@@ -38,8 +41,8 @@ def check_params(tree: object, name: str = "params.yaml", schema: type[Params] =
     try:
         params = schema.model_validate(tree)
     except ValidationError as error:
-        details = error.errors()
-    view = View(tree, faulty={tuple(map(str, detail["loc"]))[:2] for detail in details})
+        details = [detail for detail in error.errors() if not _is_of_another_kind(detail)]
+    view = View(tree, faulty={tuple(_location(detail, schema)[0][:2]) for detail in details})
     faults = [_describe(detail, schema) for detail in details] + [fault for rule in RULES if (fault := view.ask(rule))]
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
@@ -50,21 +53,33 @@ def check_params(tree: object, name: str = "params.yaml", schema: type[Params] =
 
 def _describe(detail: ErrorDetails, schema: type[Params]) -> str:
     """One fault in one line: `train.lrr = 0.1: unknown key; nearest is train.lr`."""
-    location, value = [str(part) for part in detail["loc"]], detail["input"]
-    models = _models_by_tag(schema, location[0])
-    tag = location.pop(1) if len(models) > 1 and len(location) > 1 else ""  # pydantic names the section's kind, too
+    (location, tag), value = _location(detail, schema), detail["input"]
     if detail["type"].startswith("union_tag"):
         location.append("name")
         if detail["type"] == "union_tag_invalid":
-            return _wrong_choice(".".join(location), value["name"], list(models))
+            return _wrong_choice(".".join(location), value["name"], list(_models_by_tag(schema, location[0])))
     key = ".".join(location)
     if detail["type"] in ("missing", "union_tag_not_found"):
-        return f"{key}: missing; the shipped params.yaml shows every key"
+        return f"{key}: missing; the shipped params.yaml and the recipes show every key"
     if detail["type"] == "extra_forbidden":
         return f"{key} = {value!r}: unknown key; {_nearest_key(location, tag, schema)}"
     if detail["type"] == "literal_error":
         return _wrong_choice(key, value, re.findall(r"'([^']*)'", detail["ctx"]["expected"]))
     return f"{key} = {value!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+
+
+def _location(detail: ErrorDetails, schema: type[Params]) -> tuple[list[str], str]:
+    """The keys that lead to a fault, and the kind of its section (see `_models_by_tag`)."""
+    location = [str(part) for part in detail["loc"] if not str(part).startswith(_KINDS)]
+    has_kind = len(location) > 1 and len(_models_by_tag(schema, location[0])) > 1
+    return location, location.pop(1) if has_kind else ""
+
+
+def _is_of_another_kind(detail: ErrorDetails) -> bool:
+    """Whether it says that a word isn't a list or a list not a word, of a field that may be both."""
+    kind = next((str(part) for part in detail["loc"] if str(part).startswith(_KINDS)), "")
+    is_list = isinstance(detail["input"], list)
+    return (kind.startswith("literal") and is_list) or (detail["type"] == "list_type" and kind != "")
 
 
 def _wrong_choice(key: str, value: object, allowed: list[str]) -> str:
@@ -95,11 +110,14 @@ def _nearest_key(location: list[str], tag: str, schema: type[Params]) -> str:
     *parents, name = location
     sections = {key: _models_by_tag(schema, key) for key in schema.model_fields}
     siblings = list(sections[parents[0]][tag].model_fields) if parents else list(schema.model_fields)
+    kinds = [kind for kind, model in sections[parents[0]].items() if name in model.model_fields] if parents else []
     near = difflib.get_close_matches(name, siblings, n=1)
     owners = {
         key: [model for model in models.values() if name in model.model_fields] for key, models in sections.items()
     }
     elsewhere = [f"{key}.{name}" for key, found in owners.items() if found and [key] != parents]
+    if kinds:
+        return f"only {parents[0]}.name = {' or '.join(map(repr, kinds))} has it"
     if near:
         return f"nearest is {'.'.join([*parents, near[0]])}"
     if elsewhere:

@@ -31,6 +31,7 @@ NEUTRAL = {
     "validation.prompts": [],
     "validation.num_inference_steps": 20,
     "validation.guidance_scale": 4.0,
+    "export.merged": False,
     "sample.negative_prompt": "",
     "evaluate.num_prompts": 160,
     "evaluate.num_inference_steps": 20,
@@ -292,6 +293,32 @@ def _export_has_weights(p: View) -> str | None:
         return "export.weights = 'ema': train.use_ema = False keeps no EMA; use 'raw', or train.use_ema: true"
 
 
+def _not_lora(p: View) -> tuple[str, str] | None:
+    if p.method.name != "lora":
+        return f"method.name = {p.method.name!r}, whose model is full already", "method.name to lora"
+
+
+def _dora_is_merged(p: View) -> str | None:
+    if p.method.name == "lora" and p.method.use_dora and not p.export.merged:
+        return (
+            "export.merged = False: with method.use_dora = True only the merged model is exported, because programs "
+            "differ in how they read DoRA adapters; set it to true"
+        )
+
+
+def _name_is_free(p: View) -> str | None:
+    if p.method.name == "lora" and p.export.name == "pytorch_lora_weights":
+        return "export.name = 'pytorch_lora_weights': is the name of the adapter's file for Diffusers; choose another"
+
+
+def _single_file_is_full(p: View) -> str | None:
+    if p.method.name == "lora" and p.export.single_file and not p.export.merged:
+        return (
+            "export.single_file = True: is for full models, and with export.merged = False only the adapter is "
+            "exported, whose own file ComfyUI and A1111 load; set it to false, or export.merged to true"
+        )
+
+
 def _captions_survive_the_flip(p: View) -> str | None:
     if p.dataset.source == "generated" and p.precompute.random_flip:
         return (
@@ -326,4 +353,5 @@ RULES: tuple[Rule, ...] = (
     _has_effect("train.branch_from", _no_branch), _has_effect("train.resume_reset", _no_branch),
     _listed_once("resume_reset"), _listed_once("trackers"),
     _constant_has_no_warmup, _warmup_ends, _export_has_weights, _captions_survive_the_flip,
+    _has_effect("export.merged", _not_lora), _dora_is_merged, _single_file_is_full, _name_is_free,
 )  # fmt: skip

@@ -99,7 +99,31 @@ class FinetuneParams(Section):
     """The training method; each has keys of its own."""
 
 
-MethodParams = FinetuneParams
+class LoraParams(Section):
+    """A low-rank adapter of the UNet (Hu et al. 2021), which stays as it is: W + s·B·A, B zero at the start."""
+
+    name: Literal["lora"]
+    """The training method; each has keys of its own."""
+    rank: PositiveInt
+    """Rows of A and columns of B."""
+    alpha: Annotated[float, Field(gt=0)]
+    """s = alpha / rank. With `alpha` equal to `rank` a learning rate holds for any rank about as well."""
+    target_modules: Literal["attention", "linear", "conv"] | Annotated[list[Text], Field(min_length=1)]
+    """Layers that get an adapter. `attention`: queries, keys, values and outputs (Diffusers' default). `linear`: all of
+    the transformer blocks (kohya's default). `conv`: the residual blocks, down- and upsamplers as well (kohya's LoCon).
+    Or a list of the ends of modules' names, e.g. `[attn2.to_k, attn2.to_v]`."""
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    """Share of the adapter's inputs that are zeroed in training."""
+    use_rslora: bool
+    """s = alpha / √rank instead (Kalajdzievski 2023)."""
+    use_dora: bool
+    """Also train each weight's magnitude (Liu et al. 2024); exported merged only."""
+    init: Literal["kaiming", "gaussian"]
+    """A at the start: uniform with a standard deviation of 1/√(3·inputs), as PEFT and kohya have it; or normal with
+    1/rank, as Diffusers has it."""
+
+
+MethodParams = Annotated[FinetuneParams | LoraParams, Field(discriminator="name")]
 """The section `method`: one of these, by `name`."""
 
 
@@ -227,7 +251,7 @@ class ValidationParams(Section):
 
 
 class ExportParams(Section):
-    """Which weights are exported as a Diffusers model."""
+    """Which weights are exported, and in which forms."""
 
     checkpoint: Literal["best", "last"]
     """`best` by held-out loss (the EMA's where there is one), or the `last`."""
@@ -235,6 +259,12 @@ class ExportParams(Section):
     """The moving average, or the weights the optimizer worked on."""
     dtype: Literal["fp32", "fp16"]
     """Number format of the exported safetensors."""
+    name: Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$", max_length=100)]
+    """Title of the model, and stem of the files for ComfyUI and A1111, which show it: `name`.safetensors."""
+    merged: bool
+    """`lora` only: also export the UNet with the adapter added to its weights, as a full model."""
+    single_file: bool
+    """Also export the full model as one file in the original Stable Diffusion layout, for ComfyUI and A1111."""
 
 
 class SampleParams(Section):
@@ -282,6 +312,7 @@ class Params(Section):
     dataset: DatasetParams
     precompute: PrecomputeParams
     method: SerializeAsAny[MethodParams]
+    """The training method."""
     train: TrainParams
     validation: ValidationParams
     export: ExportParams

@@ -10,7 +10,7 @@ from sdtrain.ground.files import sha256_file, sha256_json
 from sdtrain.ground.imports import SOURCE, import_closure
 from sdtrain.ground.manifests import BaseManifest, LatentsManifest
 from sdtrain.methods import METHODS, method
-from sdtrain.params.schema import Params, TrainParams
+from sdtrain.params.schema import Params
 from sdtrain.training import selection, step, validation
 from sdtrain.training.files import TrainFiles
 from sdtrain.training.optimizer import OPEN_ENDED
@@ -46,7 +46,7 @@ def training_identity(params: Params, files: TrainFiles, num_steps: int, origin:
         "base": sha256_json(BaseManifest.read(files.base).files),
         "latents": sha256_json(LatentsManifest.read(files.latents).model_dump(mode="json")),
         "code": code_hashes(params.method.name),
-        "libraries": library_versions(params.train),
+        "libraries": library_versions(params),
         "origin": origin,
     }
 
@@ -109,9 +109,11 @@ def _module_name(file: Path) -> str:
     return ".".join(file.relative_to(SOURCE).with_suffix("").parts) if inside else file.stem
 
 
-def library_versions(params: TrainParams) -> dict[str, str | None]:
+def library_versions(params: Params) -> dict[str, str | None]:
     """Versions of the libraries whose arithmetic a run depends on; None is not installed."""
-    names = (*_LIBRARIES, "bitsandbytes") if params.optimizer == "adamw_8bit" else _LIBRARIES
+    names = [*_LIBRARIES, *METHODS[params.method.name].libraries]
+    if params.train.optimizer == "adamw_8bit":
+        names.append("bitsandbytes")
     return {name: version(name) if find_spec(name) else None for name in names}
 
 

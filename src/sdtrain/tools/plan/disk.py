@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from huggingface_hub import constants
 
 from sdtrain.data.shards import NUM_PROBES
+from sdtrain.methods import METHODS
 from sdtrain.models.parts import Configs, vae_factor
 from sdtrain.params.schema import Params
 from sdtrain.tools.plan.base import Base
@@ -39,10 +40,11 @@ def disk_items(
     params: Params, base: Base, images: Images, costs: Costs, latent_shape: tuple[int, int, int], made: Made
 ) -> list[Item]:
     """What a run of the full pipeline writes."""
-    num_best, dtype = params.train.num_best_checkpoints, params.export.dtype
+    num_best, method = params.train.num_best_checkpoints, params.method
     needs = disk_needs(costs, num_best)
     kinds = "raw and EMA" if params.train.use_ema else "raw"
-    model_bytes = sum(base.num_parameters.values()) * {"fp32": 4, "fp16": 2}[dtype]
+    num_all = sum(base.num_parameters.values())
+    model_bytes = METHODS[method.name].exported_bytes(method, params.export, costs.num_parameters, num_all)
     states = f"of this run: up to {MAX_STATES} of {size(costs.state_bytes)}, and {num_best + 2} checkpoints beside them"
     checkpoints = f"{num_best} best and the last, {size(costs.checkpoint_bytes)} each, {kinds} weights"
     dataset_origin = images.bytes_origin if images.num_bytes is not None else "see images"
@@ -52,7 +54,7 @@ def disk_items(
         latents_item(params, base, images, latent_shape, made.latents),
         Item("states", needs.states_bytes, states, is_out=False),
         Item("checkpoints", needs.checkpoints_bytes, checkpoints),
-        Item("model", model_bytes, f"about, {dtype}"),
+        Item("model", model_bytes, f"about, {params.export.dtype}"),
         Item("samples", _grid_bytes(params, base.configs, latent_shape[-1]), "at most"),
         *_hub_items(params, base, images, made),
     ]
