@@ -14,6 +14,8 @@ from sdtrain import cli
 from sdtrain.evaluate import evaluate_model
 from sdtrain.export import export_model
 from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import sha256_json
+from sdtrain.ground.headers import read_metadata
 from sdtrain.sample import draw_grid, sample_grid
 
 
@@ -54,9 +56,8 @@ def test_an_export_that_differs_from_the_checkpoint_is_not_kept(workspace, run, 
         save_file(tensors, path, metadata={"format": "pt"})
 
     monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", save_wrongly)
-    with pytest.raises(
-        AssertionError, match="the unet of Diffusers folder differs from the checkpoint's in 1 tensors, e.g. conv_out.bias"
-    ):
+    differs = "the unet of Diffusers folder differs from the checkpoint's in 1 tensors, e.g. conv_out.bias"
+    with pytest.raises(AssertionError, match=differs):
         export_model(workspace.make_params().export, workspace.base, run.checkpoints, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -71,12 +72,50 @@ def test_fp16_export_is_half_as_large_and_close(workspace, run, model, tmp_path)
     assert all(torch.equal(half[name], raw[name].half()) for name in raw)
 
 
-def test_the_model_card_and_config_tell_what_it_is(model):
-    card = (model / "README.md").read_text()
-    assert "of 4 steps on" in card
-    assert "local folder" in card
+def test_config_and_headers_tell_where_it_comes_from(workspace, run, model):
     config = json.loads((model / "training_config.json").read_text())
-    assert config["export"] == {"checkpoint": "best", "weights": "ema", "dtype": "fp32"}
+    assert config["export"] == workspace.make_params().export.model_dump()
+    assert "git_commit" not in config
+    trained = read_metadata(model / "unet" / "diffusion_pytorch_model.safetensors")
+    assert trained["modelspec.title"] == config["export"]["name"]
+    assert trained["modelspec.architecture"] == "custom/unet", "not Stable Diffusion 1.5's sizes"
+    assert trained["modelspec.resolution"] == "64x64"
+    assert trained["modelspec.prediction_type"] == "epsilon"
+    assert trained["sdtrain.run"] == sha256_json(json.loads(trained["sdtrain.identity"]))[:16] == config["fingerprint"]
+    assert trained["sdtrain.data"] == config["identity"]["latents"]
+    assert json.loads(trained["sdtrain.base"])[0]["path"].endswith("data/builtin")
+    assert (trained["sdtrain.step"], trained["sdtrain.weights"]) == (str(config["step"]), "ema")
+    assert trained["format"] == "pt"
+    assert not [key for key in trained if "date" in key]
+    for part in ("vae", "text_encoder"):
+        (file,) = (model / part).glob("*.safetensors")
+        changed = {"modelspec.architecture": f"custom/{part}"}
+        assert read_metadata(file) == {**trained, **changed}
+
+
+def test_the_same_export_twice_is_the_same_bytes(workspace, run, model, tmp_path):
+    export_model(workspace.make_params().export, workspace.base, run.checkpoints, tmp_path / "model")
+    files = [path.relative_to(model) for path in sorted(model.rglob("*")) if path.is_file()]
+    assert [name for name in files if (model / name).read_bytes() != (tmp_path / "model" / name).read_bytes()] == []
+
+
+def test_a_full_model_as_one_file(workspace, run, model, tmp_path, capsys):
+    """Stock Diffusers reads it back to the bit; the card in its header is the folder's."""
+    params = workspace.make_params(export={"single_file": True, "name": "mine"}).export
+    export_model(params, workspace.base, run.checkpoints, tmp_path / "model")
+    printed = capsys.readouterr().out
+    assert "  Diffusers folder: " in printed
+    assert "  mine.safetensors: " in printed
+    assert "reloaded output differs by 0.0e+00" in printed
+    file = tmp_path / "model" / "mine.safetensors"
+    loaded = StableDiffusionPipeline.from_single_file(str(file), config=str(tmp_path / "model"))
+    for part in ("unet", "vae"):
+        exported = load_file(model / part / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(tensor, exported[name]) for name, tensor in getattr(loaded, part).state_dict().items())
+    header = read_metadata(file)
+    assert header["modelspec.architecture"] == "custom"
+    assert header["modelspec.implementation"] == "https://github.com/CompVis/stable-diffusion"
+    assert header["sdtrain.run"] == json.loads((model / "training_config.json").read_text())["fingerprint"]
 
 
 def test_v_prediction_reaches_the_exported_scheduler(workspace, tmp_path):

@@ -58,7 +58,6 @@ def add_metadata(file: Path, metadata: dict[str, str]) -> None:
                 target.write(len(header).to_bytes(8, "little"))
                 target.write(header)
                 shutil.copyfileobj(source, target, length=2**24)
-            shutil.copymode(file, partial)
             os.replace(partial, file)
         except BaseException:
             partial.unlink(missing_ok=True)
