@@ -11,6 +11,7 @@ LATENTS = Path("data/latents")
 CHECKPOINTS = Path("data/checkpoints")
 MODEL = Path("data/model")
 SAMPLES = Path("data/samples")
+CARD = Path("data/card")
 
 DATASET_METRICS = Path("metrics/dataset.json")
 PRECOMPUTE_METRICS = Path("metrics/precompute.json")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.project import Project
 
-STAGES = ["base", "dataset", "precompute", "train", "export", "sample", "evaluate"]
+STAGES = ["base", "dataset", "precompute", "train", "export", "sample", "evaluate", "card"]
 
 
 def stages_run(output: str) -> list[str]:

@@ -1,0 +1,208 @@
+"""The model card: what was trained, the grid, the metrics, how to use the model and how to reproduce it.
+
+What `data/model` holds decides which instructions the card gives; the recorded method only chooses the words. A method
+that has no words here gets a card without instructions that may not hold for it.
+"""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from sdtrain.card.recorded import Dataset, Model, Train, read_model
+from sdtrain.card.results import results
+from sdtrain.card.usage import usage
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import new_folder, write_text
+from sdtrain.ground.markdown import code_block, code_span
+from sdtrain.ground.schedules import scaled_lr
+from sdtrain.params.schema import EvaluateParams, SampleParams
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_card(
+    sample: SampleParams,
+    evaluate: EvaluateParams,
+    seed: int,
+    base: Path,
+    model: Path,
+    samples: Path,
+    metrics: Path,
+    accuracy_table: Path,
+    out: Path,
+) -> None:
+    """Write `out`: README.md, a model card as the Hugging Face hub reads it, and the grid that it shows.
+
+    Args:
+        sample: what the grid in `samples` was drawn with.
+        evaluate: what `metrics` and `accuracy_table` were measured with.
+
+    Raises:
+        InputError: an input is missing or broken; names the file, and the stage that writes it.
+    """
+    found, grid = read_model(model, base), _find_grid(samples)
+    sections = [
+        f"---\n{_front_matter(found).to_yaml()}\n---",
+        _title(found),
+        _images(sample, seed, grid.name),
+        results(evaluate, metrics, accuracy_table),
+        _training(found),
+        usage(found, sample, seed),
+        _reproduction(found),
+        _license(found),
+    ]
+    with new_folder(out) as folder:
+        write_text(folder / "README.md", "\n\n".join(sections) + "\n")
+        shutil.copyfile(grid, folder / grid.name)
+    print(f"{out}: the card of {model}")
+
+
+def _find_grid(samples: Path) -> Path:
+    grid, again = samples / "grid.png", "run `dvc repro sample`"
+    try:
+        with grid.open("rb") as file:
+            is_png = file.read(len(_PNG)) == _PNG
+    except OSError as error:
+        raise InputError(f"{grid}: can't be read: {error.strerror}; {again}") from None
+    if not is_png:
+        raise InputError(f"{grid}: not a PNG image; {again}")
+    return grid
+
+
+def _front_matter(model: Model) -> ModelCardData:
+    """The card's YAML header, without a licence: that is the user's to choose."""
+    source, dataset, relation = model.unet_source, model.config.params.dataset, None
+    if model.files.lora is not None:
+        relation = "adapter"
+    elif model.known_method:
+        relation = "finetune"
+    base_model = source.repo if source else None
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image" if model.known_method else None,
+        base_model=base_model,
+        base_model_relation=relation if base_model else None,
+        datasets=[dataset.repo] if dataset.repo else None,
+        tags=["stable-diffusion", "sdtrain", model.config.params.method.name],
+    )
+
+
+def _title(model: Model) -> str:
+    known, name = model.known_method, model.config.export.name
+    frozen = "VAE and text encoder are the base's."
+    if known == "finetune" and model.unet_source and model.unet_source.seed is not None:
+        title, text = "Stable Diffusion, its UNet trained from scratch", f"A UNet was trained from scratch. {frozen}"
+    elif known == "finetune":
+        title, text = "Fine-tuned Stable Diffusion", f"All weights of the UNet were fine-tuned. {frozen}"
+    elif known == "lora":
+        title, text = "LoRA for Stable Diffusion", f"A LoRA (low-rank adapter) of the UNet was trained. {frozen}"
+    elif known == "dora":
+        title = "DoRA of Stable Diffusion"
+        text = f"A DoRA (weight-decomposed low-rank adapter) of the UNet was trained. {frozen}"
+    else:
+        method = code_span(model.config.params.method.name)
+        title, text = f"Stable Diffusion, trained by {method}", f"It was trained by the method {method}."
+    return f"# {title}{f': {code_span(name)}' if name is not None else ''}\n\n{text}"
+
+
+def _images(sample: SampleParams, seed: int, grid: str) -> str:
+    num = sample.images_per_prompt
+    images = f"one image per prompt, seed {seed}" if num == 1 else f"{num} per prompt, seeds {seed} to {seed + num - 1}"
+    negative = f", negative prompt {code_span(sample.negative_prompt)}" if sample.negative_prompt else ""
+    rows = "\n".join(f"{row}. {code_span(prompt)}" for row, prompt in enumerate(sample.prompts, start=1))
+    return (
+        f"![Grid of images: base left, trained right]({grid})\n\n"
+        f"Left the base, right the trained model, with the same prompts and seeds: {images}; "
+        f"DPM-Solver++, {sample.num_inference_steps} steps, guidance scale {sample.guidance_scale:g}{negative}. "
+        f"The rows, from the top:\n\n{rows}"
+    )
+
+
+def _training(model: Model) -> str:
+    config, params, export = model.config, model.config.params, model.config.export
+    train, settings = params.train, params.method.model_extra or {}
+    method = [code_span(params.method.name)]
+    method += [f"{code_span(key)} {code_span(json.dumps(settings[key], ensure_ascii=False))}" for key in settings]
+    lr = scaled_lr(train.lr, train.lr_scaling, train.batch_size, train.lr_reference_batch_size)
+    warmup = f" after {train.lr_warmup_steps:,} steps of warm-up" if train.lr_warmup_steps else ""
+    chosen = {"best": "the best by held-out loss, ", "last": "the last, "}.get(export.checkpoint, "")
+    weights = "moving average (EMA)" if export.weights == "ema" else code_span(export.weights)
+    lines = [
+        f"method: {', '.join(method)}",
+        f"steps: {config.step:,} of {config.num_steps:,}, {chosen}{_num_passes(config.step, train, config.num_train)}",
+        f"weights: {weights}, exported as {code_span(export.dtype)}",
+        f"images: {config.num_train:,} {_images_of(params.dataset)}, {params.precompute.resolution} px",
+        f"effective batch: {train.batch_size}",
+        f"learning rate: {lr:g}, {code_span(train.lr_scheduler)}{warmup}; {code_span(train.optimizer)}, "
+        f"{code_span(train.precision)}",
+        f"objective: {_objective(train)}",
+        f"seed: {params.seed}",
+    ]
+    if origin := config.resumed_from:
+        lines.append(f"branched from step {origin.step:,} of run {code_span(origin.run)}, whose steps count above")
+    return "## Training\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _num_passes(step: int, train: Train, num_train: int) -> str:
+    return f"{step * train.batch_size / max(1, num_train):.1f} passes over the images"
+
+
+def _images_of(dataset: Dataset) -> str:
+    if dataset.source == "generated":
+        return "generated scenes of coloured shapes"
+    if dataset.repo is None:
+        return f"captioned images (source {code_span(dataset.source)})"
+    revision = f", revision {code_span(dataset.revision)}" if dataset.revision else ""
+    return f"captioned images of {code_span(dataset.repo)}{revision}"
+
+
+def _objective(train: Train) -> str:
+    parts = [f"prediction type {code_span(train.prediction_type)}"]
+    if train.zero_terminal_snr:
+        parts.append("zero terminal SNR")
+    if train.snr_gamma is not None:
+        parts.append(f"min-SNR γ {train.snr_gamma:g}")
+    if train.noise_offset:
+        parts.append(f"noise offset {train.noise_offset:g}")
+    if train.input_perturbation:
+        parts.append(f"input perturbation {train.input_perturbation:g}")
+    if train.caption_dropout:
+        parts.append(f"{100 * train.caption_dropout:g} % of the captions dropped")
+    return ", ".join(parts)
+
+
+def _reproduction(model: Model) -> str:
+    """Commands that restore the recorded params, with the base's commits, and run them."""
+    pins = []
+    for place, source in enumerate(model.sources):
+        part = "" if place == 0 else "text_encoder_" if "text_encoder" in source.parts else "vae_"
+        if source.commit is not None:
+            pins.append(f" -S {shlex.quote(f'base.{part}revision={source.commit}')}")
+    path = (model.files.folder / "training_config.json").as_posix()
+    program = "import json, sys; c = json.load(sys.stdin); print(json.dumps({**c['params'], 'export': c['export']}))"
+    commands = f"python -c {shlex.quote(program)} < {shlex.quote(path)} > params.yaml\ndvc exp run{''.join(pins)}"
+    return (
+        f"## Reproduce\n\nThis is run {code_span(model.config.fingerprint)} of sdtrain. With the commit that has it in "
+        "`dvc.lock`, `dvc repro` makes it again. Elsewhere, in the project's folder and with the same images:\n\n"
+        + code_block("sh", commands)
+    )
+
+
+def _license(model: Model) -> str:
+    lines = []
+    for source in model.sources:
+        if source.repo is not None:
+            origin = f"{code_span(source.repo)} at commit {code_span(source.commit or '')}"
+        elif source.path is not None:
+            origin = f"local folder {code_span(source.path)}"
+        else:
+            origin = f"random weights, seed {source.seed}"
+        lines.append(f"- {', '.join(map(code_span, source.parts))}: {origin}")
+    return (
+        "## Base and licence\n\n" + "\n".join(lines) + "\n\n"
+        "This card sets no licence. The base's terms hold for what is made from it, and the images may have terms of "
+        "their own: check both, then add `license` to the head of this file."
+    )

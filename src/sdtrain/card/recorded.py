@@ -1,0 +1,241 @@
+"""What the card is about: the model as `data/model` and `data/base` record it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import read_json
+from sdtrain.ground.manifests import BaseManifest
+
+LORA = "pytorch_lora_weights.safetensors"
+"""Diffusers' own name of a LoRA."""
+T = TypeVar("T")
+
+
+class Recorded(BaseModel):
+    """What the card reads of a JSON object, which holds more."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Source(Recorded):
+    """Where parts of the base come from: a hub repository, a local folder, or a random start."""
+
+    parts: list[str]
+    repo: str | None = None
+    commit: str | None = None
+    path: str | None = None
+    seed: int | None = None
+
+    @model_validator(mode="after")
+    def _says_where(self) -> "Source":
+        if [self.repo, self.path, self.seed].count(None) != 2 or (self.repo is None) != (self.commit is None):
+            raise ValueError("must have repo and commit, or path, or seed")
+        return self
+
+
+class Method(Recorded):
+    """The method; the settings of its own are in `model_extra`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+
+
+class Dataset(Recorded):
+    """Where the images come from."""
+
+    source: str
+    repo: str | None
+    revision: str | None
+
+
+class Precompute(Recorded):
+    """How the images were prepared."""
+
+    resolution: int
+
+
+class Train(Recorded):
+    """The run's settings."""
+
+    lr: float
+    lr_scaling: str
+    lr_reference_batch_size: int | None
+    lr_scheduler: str
+    lr_warmup_steps: int
+    batch_size: int
+    precision: str
+    optimizer: str
+    prediction_type: str
+    zero_terminal_snr: bool
+    snr_gamma: float | None
+    noise_offset: float
+    input_perturbation: float
+    caption_dropout: float
+
+
+class TrainedWith(Recorded):
+    """The params that the run was trained with."""
+
+    seed: int
+    dataset: Dataset
+    precompute: Precompute
+    method: Method
+    train: Train
+
+
+class Export(Recorded):
+    """The section `export`."""
+
+    checkpoint: str
+    weights: str
+    dtype: str
+    name: str | None = None
+    """Stem of the single files; None where the export had none."""
+
+
+class Origin(Recorded):
+    """What a run branched from."""
+
+    run: str
+    step: int
+
+
+class Config(Recorded):
+    """Of `data/model/training_config.json`."""
+
+    step: int
+    num_steps: int
+    num_train: int
+    fingerprint: str
+    resumed_from: Origin | None = None
+    params: TrainedWith
+    export: Export
+
+
+class Unet(Recorded):
+    """Of the base's `unet/config.json`."""
+
+    block_out_channels: Annotated[list[int], Field(min_length=1)]
+    cross_attention_dim: int
+
+
+@dataclass(frozen=True)
+class Files:
+    """The weights in `data/model`, with their sizes in MiB."""
+
+    folder: Path
+    pipeline: float | None
+    """The Diffusers folder at its root, if there is one."""
+    merged: float | None
+    """The Diffusers folder `merged/`, likewise."""
+    lora: float | None
+    """The LoRA in Diffusers' layout, likewise."""
+    single: dict[str, float]
+    """Files for other programs, by name."""
+    others: dict[str, float]
+    """What else is at the root, by name."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Everything that the card says about the model, but for images and metrics."""
+
+    config: Config
+    files: Files
+    sources: list[Source]
+    base: Path
+    unet: Unet
+    """Of the base, whose sizes the trained one has."""
+
+    @property
+    def known_method(self) -> str:
+        """`finetune`, `lora`, `dora`; an empty string for a method that the card has no words for."""
+        method = self.config.params.method
+        if method.name == "lora" and (method.model_extra or {}).get("use_dora") is True:
+            return "dora"
+        return method.name if method.name in ("finetune", "lora") else ""
+
+    @property
+    def unet_source(self) -> Source | None:
+        """Where the base's UNet comes from."""
+        return next((source for source in self.sources if "unet" in source.parts), None)
+
+
+def read_model(model: Path, base: Path) -> Model:
+    """Read what the stages `export` and `base` wrote.
+
+    Raises:
+        InputError: something is missing or broken; names the file, and the stage that writes it.
+    """
+    config = read_recorded(model / "training_config.json", Config, "export")
+    manifest = BaseManifest.read(base)
+    sources = check(manifest.sources, list[Source], base / "manifest.json", "base")
+    unet = read_recorded(base / "unet" / "config.json", Unet, "base")
+    return Model(config, _find_files(model, config.export.name), sources, base, unet)
+
+
+def read_recorded(path: Path, kind: type[T], stage: str) -> T:
+    """Read a JSON file of this type.
+
+    Args:
+        stage: the one that writes the file.
+
+    Raises:
+        InputError: it is missing or broken.
+    """
+    try:
+        tree = read_json(path)
+    except InputError as fault:
+        raise InputError(f"{fault}; run `dvc repro {stage}`") from None
+    return check(tree, kind, path, stage)
+
+
+def check(tree: Any, kind: type[T], path: Path, stage: str) -> T:
+    """Check that what was read from the file has this type; raises as `read_recorded`."""
+    try:
+        return TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise InputError(f"{path}: {place}{': ' if place else ''}{fault['msg']}; run `dvc repro {stage}`") from None
+
+
+def _find_files(folder: Path, name: str | None) -> Files:
+    """The weights that are there.
+
+    Args:
+        name: stem of the single files.
+
+    Raises:
+        InputError: there are none.
+    """
+
+    def pipeline(root: Path) -> float | None:
+        index, nested = root / "model_index.json", root / "merged"
+        if not index.is_file():
+            return None
+        inside = [path for path in root.rglob("*") if path.is_file() and path.parent != root]
+        return _mib(index, *(path for path in inside if nested not in path.parents))
+
+    weights = {path.name: _mib(path) for path in sorted(folder.glob("*.safetensors"))}
+    singles = [f"{name}.safetensors", f"{name}-merged.safetensors"] if name is not None else []
+    found = Files(
+        folder,
+        pipeline=pipeline(folder),
+        merged=pipeline(folder / "merged"),
+        lora=weights.pop(LORA, None),
+        single={single: weights.pop(single) for single in singles if single in weights},
+        others=weights,
+    )
+    if (found.pipeline, found.merged, found.lora) == (None, None, None) and not found.others:
+        raise InputError(f"{folder}: has no model_index.json, {LORA} or merged/; run `dvc repro export`")
+    return found
+
+
+def _mib(*paths: Path) -> float:
+    return sum(path.stat().st_size for path in paths) / 2**20

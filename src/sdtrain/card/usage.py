@@ -1,0 +1,155 @@
+"""How to use what was exported: with Diffusers, ComfyUI, A1111 and sdtrain itself.
+
+What was checked in their code: ComfyUI recognises Stable Diffusion 1.x by the UNet's channels and the text's width, and
+sets v and zero terminal SNR by its node ModelSamplingDiscrete; A1111 assumes the same sizes, reads the prediction type
+from a .yaml file with the checkpoint's name, and has zero terminal SNR among its settings.
+"""
+
+import shlex
+from pathlib import Path
+
+from sdtrain.card.recorded import LORA, Model
+from sdtrain.ground.markdown import code_block, code_span, one_line
+from sdtrain.params.schema import SampleParams
+
+_SD1_CHANNELS, _SD1_TEXT_WIDTH = 320, 768
+
+
+def usage(model: Model, sample: SampleParams, seed: int) -> str:
+    """Instructions for each of the files that are there."""
+    files, known = model.files, bool(model.known_method)
+    blocks = ["## Use"]
+    if files.lora is not None:
+        blocks += [
+            f"With Diffusers, the LoRA ({code_span(LORA)}, {files.lora:.1f} MiB) on its base:",
+            code_block("python", _lora_snippet(model, sample, seed)),
+        ]
+    if files.pipeline is not None:
+        blocks += [
+            f"With Diffusers, the whole model ({files.pipeline:.1f} MiB):",
+            code_block("python", _pipeline_snippet(files.folder, known, sample, seed)),
+        ]
+    if files.merged is not None:
+        blocks += [
+            f"With Diffusers, the whole model with the adapter merged into it ({files.merged:.1f} MiB):",
+            code_block("python", _pipeline_snippet(files.folder / "merged", known, sample, seed)),
+        ]
+    if files.single:
+        lines = [f"- {code_span(name)} ({size:.1f} MiB){_place(model, name)}" for name, size in files.single.items()]
+        blocks += ["In one file:", "\n".join(lines)]
+        blocks += [*_size_warning(model), *_v_prediction(model)] if known else []
+    if files.others:
+        lines = [f"- {code_span(name)} ({size:.1f} MiB)" for name, size in files.others.items()]
+        blocks += ["Further weights:", "\n".join(lines)]
+    if known:
+        blocks += ["With sdtrain, in the project's folder:", code_block("sh", _generate(files.folder, sample))]
+    return "\n\n".join(blocks)
+
+
+def _lora_snippet(model: Model, sample: SampleParams, seed: int) -> str:
+    params, (first, *more) = model.config.params, model.sources
+    start = repr(model.base.as_posix())  # put together from several sources, or from scratch: nobody else has it
+    if not more and first.repo is not None:
+        start = f"{first.repo!r}, revision={first.commit!r}"
+    elif not more and first.path is not None:
+        start = repr(first.path)
+    schedule = ["pipeline.scheduler.config", f"prediction_type={params.train.prediction_type!r}"]
+    if params.train.zero_terminal_snr:  # the base's config doesn't say so, nor that it is sampled from the last step on
+        schedule += ["rescale_betas_zero_snr=True", "timestep_spacing='trailing'"]
+    lines = [
+        "from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline",
+        "",
+        f"pipeline = StableDiffusionPipeline.from_pretrained({start})",
+        f"pipeline.load_lora_weights({model.files.folder.as_posix()!r}, weight_name={LORA!r})",
+        "pipeline.scheduler = DPMSolverMultistepScheduler.from_config(",
+        *(f"    {argument}," for argument in schedule),
+        ")",
+    ]
+    if not model.known_method:
+        return "\n".join(lines)
+    size = params.precompute.resolution
+    return "\n".join(["import torch", *lines, *_call(sample, seed, f"height={size}, width={size},")])
+
+
+def _pipeline_snippet(folder: Path, known: bool, sample: SampleParams, seed: int) -> str:
+    if not known:  # what its pipeline takes isn't known either
+        load = f"pipeline = DiffusionPipeline.from_pretrained({folder.as_posix()!r})"
+        return "\n".join(["from diffusers import DiffusionPipeline", "", load])
+    load = f"pipeline = StableDiffusionPipeline.from_pretrained({folder.as_posix()!r})"
+    return "\n".join(["import torch", "from diffusers import StableDiffusionPipeline", "", load, *_call(sample, seed)])
+
+
+def _call(sample: SampleParams, seed: int, *more: str) -> list[str]:
+    """Draws the first trained image of the grid."""
+    arguments = [
+        f"{sample.prompts[0]!r},",
+        *([f"negative_prompt={sample.negative_prompt!r},"] if sample.negative_prompt else []),
+        *more,
+        f"num_inference_steps={sample.num_inference_steps},",
+        f"guidance_scale={sample.guidance_scale!r},",
+        f'generator=torch.Generator("cpu").manual_seed({seed}),',
+    ]
+    return ["image = pipeline(", *(f"    {line}" for line in arguments), ").images[0]", 'image.save("image.png")']
+
+
+def _place(model: Model, name: str) -> str:
+    """Where ComfyUI and A1111 look for a single file."""
+    if _is_adapter(model, name):
+        in_prompt = code_span(f"<lora:{model.config.export.name}:1>")
+        return (
+            ", the LoRA, to be used with its base: for ComfyUI in `models/loras/`, for A1111 in `models/Lora/`, with "
+            f"{in_prompt} in the prompt"
+        )
+    if not model.known_method:
+        return ""
+    return ", the whole model: for ComfyUI in `models/checkpoints/`, for A1111 in `models/Stable-diffusion/`"
+
+
+def _is_adapter(model: Model, name: str) -> bool:
+    return model.files.lora is not None and name == f"{model.config.export.name}.safetensors"
+
+
+def _size_warning(model: Model) -> list[str]:
+    channels, width = model.unet.block_out_channels[0], model.unet.cross_attention_dim
+    if (channels, width) == (_SD1_CHANNELS, _SD1_TEXT_WIDTH):
+        return []
+    return [
+        f"ComfyUI and A1111 expect the sizes of Stable Diffusion 1.x ({_SD1_CHANNELS} channels, text width "
+        f"{_SD1_TEXT_WIDTH}). This UNet has {channels} and {width}: don't expect them to load it."
+    ]
+
+
+def _v_prediction(model: Model) -> list[str]:
+    """What to set where no scheduler's config is read."""
+    train = model.config.params.train
+    if train.prediction_type != "v_prediction":
+        return []
+    zero = train.zero_terminal_snr
+    beside = [
+        "the base's checkpoint, under its name" if _is_adapter(model, name)
+        else f"the model, as {code_span(f'{Path(name).stem}.yaml')}"
+        for name in model.files.single
+    ]  # fmt: skip
+    setting = " and set “Noise schedule for sampling” to “Zero Terminal SNR” in its settings" if zero else ""
+    return [
+        f"The UNet predicts v{', on a schedule with zero terminal SNR' if zero else ''}. Neither program sees this in "
+        "the file:",
+        "- ComfyUI: put the node ModelSamplingDiscrete before the sampler, with sampling `v_prediction` and zsnr "
+        f"`{str(zero).lower()}`.\n"
+        f"- A1111: put a copy of its `configs/v1-inference.yaml` beside {', or '.join(beside)}, with "
+        f'`parameterization: "v"` added under `params` of `model`{setting}.',
+    ]
+
+
+def _generate(folder: Path, sample: SampleParams) -> str:
+    def option(name: str, value: str) -> str:
+        joint = "=" if value.startswith("-") else " "  # else the value would be read as an option
+        return f"--{name}{joint}{shlex.quote(value)}"
+
+    options = [
+        option("model", folder.as_posix()),
+        option("prompt", one_line(sample.prompts[0])),  # line breaks are mere white space to CLIP's tokenizer
+        *([option("negative-prompt", one_line(sample.negative_prompt))] if sample.negative_prompt else []),
+        f"--steps {sample.num_inference_steps} --guidance-scale {sample.guidance_scale!r} --out outputs",
+    ]
+    return f"sdtrain generate {' '.join(options)}"

@@ -1,0 +1,726 @@
+"""The model card: rendered from real files for each layout of data/model, and read back as its readers would."""
+
+import ast
+import builtins
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dvc.utils.hydra import apply_overrides
+from dvc.utils.serialize import load_yaml  # PyYAML would read 1e-08 as a string
+from huggingface_hub import ModelCard
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from markdown_it.tree import SyntaxTreeNode
+from PIL import Image
+
+from sdtrain import cli
+from sdtrain.card import write_card
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.markdown import code_block, code_span, one_line
+from sdtrain.params.load import check_params, load_params
+from tests.conftest import shrunk_tree
+
+COMMIT = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
+HUB = {"repo": "stable-diffusion-v1-5/stable-diffusion-v1-5", "revision": None, "commit": COMMIT}
+PARTS = ["scheduler", "tokenizer", "text_encoder", "vae", "unet"]
+LOCAL = [{"path": "data/builtin", "parts": PARTS}]
+FROM_HUB = [{**HUB, "parts": PARTS}]
+ASSEMBLED = [
+    {**HUB, "parts": ["scheduler", "unet"]},
+    {"repo": "acme/vae", "revision": "main", "commit": "b" * 40, "parts": ["vae"]},
+    {"repo": "acme/text", "revision": None, "commit": "c" * 40, "parts": ["tokenizer", "text_encoder"]},
+]
+FROM_SCRATCH = [
+    {"path": "data/builtin", "parts": PARTS[:-1]},
+    {"unet_config": {"layers_per_block": 1}, "seed": 7, "parts": ["unet"]},
+]
+LORA = {
+    "name": "lora", "rank": 16, "alpha": 8.0, "target_modules": ["to_q", "to_v"], "dropout": 0.0,
+    "use_rslora": False, "use_dora": False, "init": "default",
+}  # fmt: skip
+EXPORT = {
+    "checkpoint": "best", "weights": "ema", "dtype": "fp16", "name": "sdtrain", "merged": False, "single_file": False,
+}  # fmt: skip
+FINGERPRINT = "0123456789ab"
+HOSTILE = (
+    "a `x` ``` <b>|<img src=x> [l](u) ![i](u) *e* _e_ # h $(rm) 'q' \"d\" \\ &amp; www.a.b @me\n\n---\n```\n# heading\n"
+)
+
+
+class Project:
+    """The inputs of the stage, fabricated in a folder; each argument replaces one part of them."""
+
+    def __init__(self, folder: Path, make_params) -> None:
+        self.folder, self.make_params = folder, make_params
+        self.base, self.model, self.samples, self.out = (folder / n for n in ("base", "model", "samples", "card"))
+        self.metrics, self.accuracies = folder / "evaluate.json", folder / "prompt_accuracy.csv"
+
+    def build(self, *, files: dict[str, int], sources=LOCAL, unet=(64, 128), generated=True, export=None, **changes):
+        """Write all inputs.
+
+        Args:
+            files: of `model`, with their sizes in MiB.
+            changes: of the recorded params, by section; `method` replaces it, `seed` too.
+        """
+        self.sources = sources
+        self.params = self.make_params(**({} if generated else {"dataset": {"source": "imagefolder"}}))
+        for name, mib in files.items():
+            (self.model / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.model / name).write_bytes(b"\0" * (mib << 20))
+        recorded = self.params.model_dump()
+        for section, value in changes.items():
+            recorded[section] = value if section in ("method", "seed") else {**recorded[section], **value}
+        self.config = {
+            "step": 750, "num_steps": 1000, "num_train": 2000, "validation_loss": {"raw": 0.04, "ema": 0.036},
+            "ema_step": 750, "fingerprint": FINGERPRINT, "identity": {"base": "…"}, "resumed_from": None,
+            "params": recorded, "export": {**EXPORT, **(export or {})},
+        }  # fmt: skip
+        self.write(self.model / "training_config.json", self.config)
+        manifest = {"format_version": 1, "sources": sources, "files": {}}
+        self.write(self.base / "manifest.json", manifest)
+        config = {"block_out_channels": [unet[0], 96], "cross_attention_dim": unet[1], "_class_name": "…"}
+        self.write(self.base / "unet" / "config.json", config)
+        self.samples.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4), "red").save(self.samples / "grid.png")
+        root = Path(__file__).resolve().parents[2]
+        numbers = json.loads((root / "metrics" / "evaluate.json").read_text())
+        table = (root / "metrics" / "prompt_accuracy.csv").read_text()
+        if not generated:
+            numbers = {name: value for name, value in numbers.items() if "held_out" in name}
+            table = table.splitlines()[0] + "\n"
+        self.write(self.metrics, numbers)
+        self.accuracies.write_text(table)
+        return self
+
+    @staticmethod
+    def write(path: Path, tree: object) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(tree))
+
+    def card(self, **sample) -> str:
+        """Write the card, and return its text."""
+        write_card(
+            self.params.sample.model_copy(update=sample), self.params.evaluate, self.params.seed, self.base, self.model,
+            self.samples, self.metrics, self.accuracies, self.out,
+        )  # fmt: skip
+        assert sorted(path.name for path in self.out.iterdir()) == ["README.md", "grid.png"]
+        assert (self.out / "grid.png").read_bytes() == (self.samples / "grid.png").read_bytes()
+        return (self.out / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def project(tmp_path, make_params) -> Project:
+    return Project(tmp_path, make_params)
+
+
+PIPELINE = {"model_index.json": 0, "unet/diffusion_pytorch_model.safetensors": 3, "vae/model.safetensors": 1}
+MERGED = {f"merged/{name}": size for name, size in PIPELINE.items()}
+ADAPTER = {"pytorch_lora_weights.safetensors": 2, "sdtrain.safetensors": 2}
+CASES = {
+    "finetune": {"files": PIPELINE},
+    "finetune, one file": {"files": {**PIPELINE, "sdtrain.safetensors": 5}, "unet": (320, 768), "sources": FROM_HUB},
+    "finetune, v": {
+        "files": {**PIPELINE, "sdtrain.safetensors": 5},
+        "train": {"prediction_type": "v_prediction", "zero_terminal_snr": True},
+    },
+    "from scratch": {"files": PIPELINE, "sources": FROM_SCRATCH},
+    "own images": {"files": PIPELINE, "generated": False},
+    "lora": {"files": ADAPTER, "method": LORA, "sources": FROM_HUB, "unet": (320, 768)},
+    "lora, local base": {"files": ADAPTER, "method": LORA},
+    "lora, base of three": {"files": ADAPTER, "method": LORA, "sources": ASSEMBLED},
+    "lora, from scratch": {"files": ADAPTER, "method": LORA, "sources": FROM_SCRATCH},
+    "lora, merged, one file, v": {
+        "files": {**ADAPTER, **MERGED, "sdtrain-merged.safetensors": 5},
+        "method": LORA,
+        "sources": FROM_HUB,
+        "train": {"prediction_type": "v_prediction"},
+    },
+    "dora": {
+        "files": {**MERGED, "sdtrain-merged.safetensors": 5},
+        "method": {**LORA, "use_dora": True},
+        "sources": FROM_HUB,
+    },
+    "unknown, pipeline": {
+        "files": {**PIPELINE, "sdtrain.safetensors": 5},
+        "method": {"name": "ic_light", "channels": 8},
+        "sources": FROM_HUB,
+    },
+    "unknown, other weights": {
+        "files": {"diffusion_pytorch_model.safetensors": 4},
+        "method": {"name": "controlnet", "condition": "edges"},
+        "sources": FROM_HUB,
+        "train": {"prediction_type": "v_prediction"},
+    },
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request, project) -> Project:
+    return project.build(**CASES[request.param])
+
+
+def parse(card: str) -> tuple[dict, SyntaxTreeNode]:
+    """The front matter, and the body as GitHub's and the hub's readers parse it."""
+    read = ModelCard(card)
+    markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    return read.data.to_dict(), SyntaxTreeNode(markdown.parse(read.text))
+
+
+def blocks(card: str, language: str) -> list[str]:
+    return [node.content for node in parse(card)[1].walk() if node.type == "fence" and node.info == language]
+
+
+def spans(card: str) -> list[str]:
+    return [node.content for node in parse(card)[1].walk() if node.type == "code_inline"]
+
+
+def shape(card: str) -> list[str]:
+    return [node.type for node in parse(card)[1].walk()]
+
+
+def flat(card: str) -> str:
+    """The card on one line, to look for sentences."""
+    return " ".join(card.split())
+
+
+def argument(snippet: str, function: str) -> list:
+    """The literal arguments, positional or by name, of the first call of a function."""
+    for node in ast.walk(ast.parse(snippet)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(function):
+            values = (*node.args, *(keyword.value for keyword in node.keywords))
+            return [value.value for value in values if isinstance(value, ast.Constant)]
+    raise AssertionError(f"{function} isn't called")
+
+
+def restore_params(command: str, folder: Path) -> Path:
+    """Run the card's command that writes params.yaml, in a folder."""
+    command = command.replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, check=True, cwd=folder)
+    return folder / "params.yaml"
+
+
+# Every layout
+
+
+def test_every_snippet_is_python_that_compiles_and_uses_only_what_it_imports(case):
+    for snippet in blocks(case.card(), "python"):
+        names = {node.id for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Name)}
+        bound = {
+            alias.asname or alias.name for n in ast.walk(ast.parse(snippet)) if hasattr(n, "names") for alias in n.names
+        }
+        bound |= {
+            n.id for n in ast.walk(ast.parse(snippet)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        }
+        assert names <= bound | set(dir(builtins))
+
+
+def test_every_shell_line_parses_and_starts_with_a_command_of_ours(case):
+    lines = [line for block in blocks(case.card(), "sh") for line in block.splitlines()]
+    assert {shlex.split(line)[0] for line in lines} <= {"sdtrain", "dvc", "python"}
+    assert len(lines) >= 2
+
+
+def test_the_card_has_one_image_one_title_and_no_html_or_link(case):
+    kinds = shape(case.card())
+    assert kinds.count("image") == 1
+    assert not {"html_block", "html_inline", "link"} & set(kinds)
+    titles = [node for node in parse(case.card())[1].walk() if node.type == "heading" and node.tag == "h1"]
+    assert len(titles) == 1
+
+
+def test_the_front_matter_is_of_the_hub_and_sets_no_licence(case):
+    head, _ = parse(case.card())
+    known = case.config["params"]["method"]["name"] in ("finetune", "lora")
+    assert head["library_name"] == "diffusers"
+    assert head.get("pipeline_tag") == ("text-to-image" if known else None)
+    assert head["tags"] == ["stable-diffusion", "sdtrain", case.config["params"]["method"]["name"]]
+    assert not {"license", "model-index"} & set(head)
+
+
+def test_the_card_is_the_same_each_time(case):
+    assert case.card() == case.card()
+
+
+def test_the_shown_commands_restore_the_recorded_params_and_pin_the_base(case, tmp_path):
+    """JSON is YAML: what the first prints is a params file that says the same, and that DVC can edit."""
+    restore, run = blocks(case.card(), "sh")[-1].splitlines()
+    params = restore_params(restore, tmp_path)
+    assert load_yaml(params) == {**case.config["params"], "export": case.config["export"]}
+    command, overrides = shlex.split(run)[:3], shlex.split(run)[4::2]
+    assert command == ["dvc", "exp", "run"]
+    apply_overrides(str(params), overrides)
+    pinned = load_yaml(params)["base"]
+    for source, key in zip(case.sources, ("revision", "vae_revision", "text_encoder_revision"), strict=False):
+        assert pinned[key] == source.get("commit")
+
+
+def test_restored_params_are_read_by_the_params_loader(project, tmp_path):
+    """With floats such as 1e-08, which YAML 1.1 reads as text."""
+    project.build(files=PIPELINE, train={"lr": 1e-05})
+    del project.config["export"]["name"], project.config["export"]["merged"], project.config["export"]["single_file"]
+    project.write(project.model / "training_config.json", project.config)
+    restored = load_params(restore_params(blocks(project.card(), "sh")[-1].splitlines()[0], tmp_path))
+    assert restored.train.lr == 1e-05
+    assert restored.sample == project.params.sample
+
+
+# What is said
+
+
+def test_grid_prompts_stand_as_rows(project):
+    prompts = ["first", "second", "third"]
+    card = project.build(files=PIPELINE).card(prompts=prompts, images_per_prompt=3, negative_prompt="blurry")
+    (rows,) = (node for node in parse(card)[1].walk() if node.type == "ordered_list")
+    assert [node.content for node in rows.walk() if node.type == "code_inline"] == prompts
+    assert "3 per prompt, seeds 0 to 2;" in card
+    assert "negative prompt `blurry`" in card
+    assert "one image per prompt, seed 0;" in project.card(images_per_prompt=1)
+    assert "negative prompt" not in project.card(negative_prompt="")
+
+
+def table(card: str) -> list[list[str]]:
+    lines = [line for line in card.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_metrics_stand_beside_each_other_with_interval_and_n(project):
+    card = project.build(files=PIPELINE).card()
+    assert shape(card).count("table") == 1
+    rows = table(card)
+    timesteps = project.params.evaluate.num_timesteps
+    assert rows[2] == ["held-out loss, lower is better", "0.1344", "0.03596", f"214 images × {timesteps} timesteps"]
+    assert rows[3] == ["its gain, base − trained", "", "0.09842 (0.08675 to 0.1104)", "214 images"]
+    assert rows[4] == ["color, new concepts", "0.0 % (0.0 % to 3.8 %)", "94.8 % (88.4 % to 97.8 %)", "96"]
+    assert len(rows) == 2 + 2 + 12
+    assert "don't show that training helped" not in card
+
+
+def test_own_images_have_the_held_out_loss_alone(project):
+    card = project.build(files=PIPELINE, generated=False).card()
+    assert len(table(card)) == 4
+    assert "prompt says" not in card
+    assert "2,000 captioned images (source `imagefolder`), 64 px" in card
+
+
+def test_a_gain_that_may_be_none_is_called_so(project):
+    project.build(files=PIPELINE, generated=False)
+    numbers = json.loads(project.metrics.read_text())
+    project.write(project.metrics, {**numbers, "held_out_loss_gain_ci_low": -0.01})
+    assert "don't show that training helped" in project.card()
+
+
+def test_a_metric_of_a_later_version_is_shown(project):
+    project.build(files=PIPELINE, generated=False)
+    numbers = json.loads(project.metrics.read_text())
+    project.write(project.metrics, {**numbers, "clip_score_base": 20.0, "clip_score_trained": 25.5})
+    assert table(project.card())[-1] == ["clip score", "20", "25.5", ""]
+
+
+def test_training_is_described(project):
+    train = {
+        "lr": 1e-4, "lr_scaling": "sqrt", "lr_reference_batch_size": 2, "batch_size": 8, "lr_warmup_steps": 50,
+        "snr_gamma": 5.0, "noise_offset": 0.05, "input_perturbation": 0.1, "caption_dropout": 0.1,
+    }  # fmt: skip
+    dataset = {"source": "hub", "repo": "acme/pictures", "revision": "v1"}
+    project.build(files=ADAPTER, method=LORA, train=train, dataset=dataset, sources=FROM_HUB, seed=3)
+    project.config["resumed_from"] = {"run": "ffff", "step": 500, "kind": "state", "differences": "x"}
+    project.write(project.model / "training_config.json", project.config)
+    card = project.card()
+    assert '- method: `lora`, `rank` `16`, `alpha` `8.0`, `target_modules` `["to_q", "to_v"]`' in card
+    assert "- steps: 750 of 1,000, the best by held-out loss, 3.0 passes over the images" in card
+    assert "- weights: moving average (EMA), exported as `fp16`" in card
+    assert "- images: 2,000 captioned images of `acme/pictures`, revision `v1`, 64 px" in card
+    assert "- effective batch: 8" in card
+    assert "- learning rate: 0.0002, `cosine` after 50 steps of warm-up; `adamw`, `fp32`" in card
+    assert (
+        "- objective: prediction type `epsilon`, min-SNR γ 5, noise offset 0.05, input perturbation 0.1, 10 % of the "
+        "captions dropped"
+    ) in card
+    assert "- seed: 3" in card
+    assert "- branched from step 500 of run `ffff`" in card
+    assert f"This is run `{FINGERPRINT}` of sdtrain" in card
+    assert parse(card)[0]["datasets"] == ["acme/pictures"]
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "sentence"),
+    [
+        ("finetune", "# Fine-tuned Stable Diffusion: `sdtrain`", "All weights of the UNet were fine-tuned."),
+        ("from scratch", "# Stable Diffusion, its UNet trained from scratch: `sdtrain`", "A UNet was trained from"),
+        ("lora", "# LoRA for Stable Diffusion: `sdtrain`", "A LoRA (low-rank adapter) of the UNet was trained."),
+        ("dora", "# DoRA of Stable Diffusion: `sdtrain`", "A DoRA (weight-decomposed low-rank adapter) of the UNet"),
+        ("unknown, pipeline", "# Stable Diffusion, trained by `ic_light`: `sdtrain`", "by the method `ic_light`."),
+    ],
+)  # fmt: skip
+def test_each_method_has_its_words(project, name, title, sentence):
+    card = project.build(**CASES[name]).card()
+    assert title in card.splitlines()
+    assert sentence in card
+
+
+@pytest.mark.parametrize(
+    ("name", "relation"),
+    [("finetune, one file", "finetune"), ("lora", "adapter"), ("dora", "finetune"), ("unknown, pipeline", None)],
+)
+def test_a_base_from_the_hub_is_named(project, name, relation):
+    card = project.build(**CASES[name]).card()
+    head, _ = parse(card)
+    assert head["base_model"] == HUB["repo"]
+    assert head.get("base_model_relation") == relation
+    assert f"`{HUB['repo']}` at commit `{COMMIT}`" in card
+    assert f"dvc exp run -S base.revision={COMMIT}" in card
+
+
+@pytest.mark.parametrize("name", ["finetune", "from scratch", "lora, local base"])
+def test_a_base_of_ones_own_is_none_of_the_hub(project, name):
+    card = project.build(**CASES[name]).card()
+    assert not {"base_model", "base_model_relation"} & set(parse(card)[0])
+    assert "local folder `data/builtin`" in card
+    assert ("`unet`: random weights, seed 7" in card) == (name == "from scratch")
+    assert blocks(card, "sh")[-1].splitlines()[-1] == "dvc exp run"
+
+
+def test_every_source_of_the_base_is_pinned(project):
+    command = blocks(project.build(**CASES["lora, base of three"]).card(), "sh")[-1].splitlines()[-1]
+    assert shlex.split(command)[3:] == [
+        "-S", f"base.revision={COMMIT}", "-S", f"base.vae_revision={'b' * 40}",
+        "-S", f"base.text_encoder_revision={'c' * 40}",
+    ]  # fmt: skip
+
+
+# How to use it
+
+
+def test_a_pipeline_is_loaded_from_its_folder(project):
+    (snippet,) = blocks(project.build(**CASES["finetune"]).card(), "python")
+    assert argument(snippet, "StableDiffusionPipeline.from_pretrained") == [project.model.as_posix()]
+
+
+def test_sizes_are_of_the_files(project):
+    card = project.build(**CASES["lora, merged, one file, v"]).card()
+    for part in (
+        "(`pytorch_lora_weights.safetensors`, 2.0 MiB)", "merged into it (4.0 MiB)",
+        "`sdtrain.safetensors` (2.0 MiB)", "`sdtrain-merged.safetensors` (5.0 MiB)",
+    ):  # fmt: skip
+        assert part in card
+    shutil.rmtree(project.model)
+    assert "the whole model (4.0 MiB)" in project.build(files={**PIPELINE, "sdtrain.safetensors": 5}).card()
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("lora", [HUB["repo"], COMMIT]),
+        ("lora, local base", ["data/builtin"]),
+        ("lora, base of three", None),
+        ("lora, from scratch", None),
+    ],
+)
+def test_a_lora_is_loaded_on_the_base_it_was_trained_on(project, name, base):
+    """A base from several sources is complete in the project's folder only."""
+    (snippet,) = blocks(project.build(**CASES[name]).card(), "python")
+    assert argument(snippet, "from_pretrained") == (base or [project.base.as_posix()])
+    assert argument(snippet, "load_lora_weights") == [project.model.as_posix(), "pytorch_lora_weights.safetensors"]
+    assert "height=64, width=64," in snippet
+
+
+def test_what_a_lora_cannot_carry_is_set_on_the_scheduler(project):
+    train = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+    (snippet,) = blocks(project.build(files=ADAPTER, method=LORA, train=train).card(), "python")
+    call = next(node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call) and len(node.keywords) == 3)
+    assert {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords} == {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+
+
+def test_instructions_are_for_the_files_that_are_there(project):
+    for name, expected in {
+        "finetune": [],
+        "finetune, one file": ["models/checkpoints/", "models/Stable-diffusion/"],
+        "lora": ["models/loras/", "models/Lora/", "<lora:sdtrain:1>"],
+        "dora": ["models/checkpoints/", "models/Stable-diffusion/"],
+        "unknown, pipeline": [],
+        "unknown, other weights": [],
+    }.items():
+        shutil.rmtree(project.model, ignore_errors=True)
+        card = project.build(**CASES[name]).card()
+        places = (
+            "models/checkpoints/",
+            "models/Stable-diffusion/",
+            "models/loras/",
+            "models/Lora/",
+            "<lora:sdtrain:1>",
+        )
+        assert [place for place in places if place in spans(card)] == expected, name
+
+
+def test_merged_and_adapter_are_told_apart(project):
+    card = project.build(**CASES["lora, merged, one file, v"]).card()
+    adapter, merged = (next(line for line in card.splitlines() if line.startswith(f"- `{n}`"))
+                       for n in ("sdtrain.safetensors", "sdtrain-merged.safetensors"))  # fmt: skip
+    assert "models/loras/" in adapter
+    assert "models/checkpoints/" in merged
+    folders = [argument(snippet, "from_pretrained")[0] for snippet in blocks(card, "python")]
+    assert folders == [HUB["repo"], f"{project.model.as_posix()}/merged"]
+
+
+def test_dora_is_loaded_merged(project):
+    card = project.build(**CASES["dora"]).card()
+    (snippet,) = blocks(card, "python")
+    assert argument(snippet, "from_pretrained") == [f"{project.model.as_posix()}/merged"]
+    assert "load_lora_weights" not in card
+
+
+def test_of_an_unknown_method_only_what_holds_is_said(project):
+    card = project.build(**CASES["unknown, pipeline"]).card()
+    (snippet,) = blocks(card, "python")
+    assert snippet.splitlines()[-1].startswith("pipeline = DiffusionPipeline.from_pretrained(")
+    assert "sdtrain generate" not in card
+    assert "- `sdtrain.safetensors` (5.0 MiB)\n" in card
+    shutil.rmtree(project.model)
+    card = project.build(**CASES["unknown, other weights"]).card()
+    assert blocks(card, "python") == []
+    assert "- `diffusion_pytorch_model.safetensors` (4.0 MiB)\n" in card
+    assert "ModelSamplingDiscrete" not in card
+
+
+def test_v_prediction_says_what_to_set_elsewhere(project):
+    card = flat(project.build(**CASES["finetune, v"]).card())
+    assert "ModelSamplingDiscrete before the sampler, with sampling `v_prediction` and zsnr `true`" in card
+    assert 'beside the model, as `sdtrain.yaml`, with `parameterization: "v"`' in card
+    assert "“Noise schedule for sampling” to “Zero Terminal SNR”" in card
+    shutil.rmtree(project.model)
+    card = flat(project.build(**CASES["lora, merged, one file, v"]).card())
+    assert "zsnr `false`" in card
+    assert "beside the base's checkpoint, under its name, or the model, as `sdtrain-merged.yaml`, with" in card
+    assert "Zero Terminal SNR" not in card
+    shutil.rmtree(project.model)
+    assert "ModelSamplingDiscrete" not in project.build(**CASES["lora"]).card()
+
+
+def test_sizes_that_other_programs_do_not_know_are_named(project):
+    files = {**PIPELINE, "sdtrain.safetensors": 5}
+    assert "This UNet has 64 and 128: don't expect them to load it." in project.build(files=files).card()
+    assert "don't expect" not in project.build(files=files, unet=(320, 768)).card()
+
+
+@pytest.mark.parametrize("prompt", ["a cat", "-a 'cat'", "--out elsewhere", HOSTILE, '$(reboot) `reboot` "$HOME"'])
+def test_the_command_draws_the_first_prompt(project, monkeypatch, prompt):
+    card = project.build(files=PIPELINE).card(prompts=[prompt], negative_prompt=prompt, guidance_scale=4.5)
+    given = []
+    monkeypatch.setattr(cli, "_generate", given.append)
+    (command, *rest), _ = (shlex.split(block) for block in blocks(card, "sh"))
+    assert command == "sdtrain"
+    cli.main(rest)
+    (options,) = given
+    assert (options.prompt, options.negative_prompt) == ([one_line(prompt)], one_line(prompt))
+    assert options.model == project.model
+    assert (options.steps, options.guidance_scale) == (project.params.sample.num_inference_steps, 4.5)
+
+
+# Text from outside
+
+
+def test_hostile_text_everywhere_changes_no_structure(project):
+    """Prompts, paths, repositories, names and the method's settings, all at once."""
+
+    def build(text: str) -> str:
+        shutil.rmtree(project.model, ignore_errors=True)
+        sources = [
+            {"repo": text, "revision": None, "commit": text, "parts": ["unet", text]},
+            {"path": text, "parts": ["vae"]},
+        ]
+        project.build(
+            files={"pytorch_lora_weights.safetensors": 1, f"{text}.safetensors": 1, f"{text}-merged.safetensors": 1,
+                   f"other {text}.safetensors": 1},
+            sources=sources, export={"name": text, "dtype": text, "weights": text}, method={**LORA, text: text},
+            dataset={"source": "hub", "repo": text, "revision": text},
+            train={"lr_scheduler": text, "optimizer": text, "precision": text},
+        )  # fmt: skip
+        project.config["params"]["train"]["prediction_type"] = "v_prediction"
+        project.config["fingerprint"] = text
+        project.config["resumed_from"] = {"run": text, "step": 1}
+        project.write(project.model / "training_config.json", project.config)
+        return project.card(prompts=[text, text], negative_prompt=text)
+
+    tame, hostile = build("§"), build(HOSTILE)
+    assert shape(hostile) == shape(tame)
+    plain = [[node.content for node in parse(card)[1].walk() if node.type == "text"] for card in (tame, hostile)]
+    assert plain[0] == plain[1]
+    assert len([span for span in spans(tame) if "§" in span]) == 24
+    setting = json.dumps(HOSTILE, ensure_ascii=False)
+    for before, after in zip(spans(tame), spans(hostile), strict=True):
+        assert after == one_line(setting if before == '"§"' else before.replace("§", HOSTILE))
+    head, _ = parse(hostile)
+    assert head["base_model"] == HOSTILE
+    assert head["datasets"] == [HOSTILE]
+    (snippet,) = blocks(hostile, "python")
+    assert argument(snippet, "pipeline")[:2] == [HOSTILE, HOSTILE]
+    ours, restore = blocks(hostile, "sh")
+    assert one_line(HOSTILE) in shlex.split(ours)
+    assert f"base.revision={HOSTILE}" in shlex.split(restore)
+
+
+TEXTS = st.text(
+    st.one_of(
+        st.sampled_from(list("`~*_[]()<>!#|\\$&@:-+=\"' \t\n\r\x00\x0b\x85\u2028\u202e\ud800ab")), st.characters()
+    )
+)
+
+
+def in_markdown(markdown: str) -> list:
+    return list(SyntaxTreeNode(MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(markdown)).walk())
+
+
+@given(TEXTS)
+@example("")
+@example(" ")
+@example("`")
+@example("``` x ```")
+@example(" a ")
+@example("a\r\n\r\n# b")
+def test_a_code_span_shows_its_text_verbatim(text):
+    for place in ("{}", "- {}", "1. {}", "a {}, b", "# {}", "> {}"):
+        nodes = in_markdown(place.format(code_span(text)))
+        shown = [node.content for node in nodes if node.type == "code_inline"]
+        assert shown == ([one_line(text)] if one_line(text) else [])
+        allowed = {"root", "paragraph", "inline", "text", "code_inline", "bullet_list", "ordered_list", "list_item",
+                   "heading", "blockquote"}  # fmt: skip
+        assert {node.type for node in nodes} <= allowed
+        assert [node.type for node in nodes].count("heading") == place.startswith("#")
+    code_span(text).encode()
+
+
+@given(TEXTS)
+def test_one_line_keeps_what_can_be_shown(text):
+    assert len(one_line(text).splitlines()) <= 1
+    assert one_line(one_line(text)) == one_line(text)
+    if text.isprintable():
+        assert one_line(text) == text
+
+
+@given(TEXTS.map(lambda text: text.replace("\r", "\n").replace("\x00", "")))
+@example("```\n# heading")
+@example("~~~\n````\n```")
+def test_a_code_block_shows_its_code_verbatim(code):
+    nodes = in_markdown(f"{code_block('sh', code)}\n\nafter")
+    assert [node.type for node in nodes] == ["root", "fence", "paragraph", "inline", "text"]
+    assert nodes[1].content == f"{code}\n"
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompt=TEXTS.filter(bool), name=TEXTS.filter(bool))
+def test_any_prompt_and_repository_keep_the_cards_structure(project, prompt, name):
+    if not project.model.exists():
+        project.build(files={"pytorch_lora_weights.safetensors": 0}, method=LORA)
+
+    def build(prompt: str, name: str) -> str:
+        sources = [{"repo": name, "commit": COMMIT, "parts": PARTS}]
+        project.write(project.base / "manifest.json", {"format_version": 1, "sources": sources, "files": {}})
+        return project.card(prompts=[prompt], negative_prompt=prompt)
+
+    tame, wild = build("x", "x"), build(prompt, name)
+    empty = not one_line(prompt) or not one_line(name)
+    assert empty or shape(wild) == shape(tame)
+    (snippet,) = blocks(wild, "python")
+    assert argument(snippet, "pipeline")[:2] == [prompt, prompt]
+    assert argument(snippet, "from_pretrained") == [name, COMMIT]
+    assert parse(wild)[0]["base_model"] == name
+    command = shlex.split(blocks(wild, "sh")[0])
+    assert command[:4] == ["sdtrain", "generate", "--model", project.model.as_posix()]
+    assert one_line(prompt) in command or f"--prompt={one_line(prompt)}" in command
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda p: (p.model / "training_config.json").unlink(),
+         r"model/training_config\.json: no such file; run `dvc repro export`"),
+        (lambda p: (p.model / "training_config.json").write_text("{"),
+         r"model/training_config\.json: not valid JSON: .*; run `dvc repro export`"),
+        (lambda p: p.write(p.model / "training_config.json", {**p.config, "step": "many"}),
+         r"model/training_config\.json: step: .*; run `dvc repro export`"),
+        (lambda p: p.write(p.model / "training_config.json", {**p.config, "params": {"seed": 0}}),
+         r"model/training_config\.json: params\.dataset: Field required; run `dvc repro export`"),
+        (lambda p: (p.model / "model_index.json").unlink(),
+         r"model: has no model_index\.json, pytorch_lora_weights\.safetensors or merged/; run `dvc repro export`"),
+        (lambda p: p.metrics.unlink(), r"evaluate\.json: no such file; run `dvc repro evaluate`"),
+        (lambda p: p.metrics.write_text("[]"), r"evaluate\.json: Input should be .*dict.*; run `dvc repro evaluate`"),
+        (lambda p: p.metrics.write_text("{"), r"evaluate\.json: not valid JSON.*; run `dvc repro evaluate`"),
+        (lambda p: p.metrics.write_text('{"held_out_loss_base": NaN}'),
+         r"evaluate\.json: held_out_loss_base: .*finite.*; run `dvc repro evaluate`"),
+        (lambda p: p.write(p.metrics, {"a | b": 1.0}), r"evaluate\.json: a \| b.*; run `dvc repro evaluate`"),
+        (lambda p: p.write(p.metrics, {}),
+         r"evaluate\.json: has no held_out_loss_base; run `dvc repro evaluate`"),
+        (lambda p: p.accuracies.unlink(),
+         r"prompt_accuracy\.csv: can't be read: No such file.*; run `dvc repro evaluate`"),
+        (lambda p: p.accuracies.write_text("prompts,field\nnew,color\n"),
+         r"prompt_accuracy\.csv: 0\.model: .*; run `dvc repro evaluate`"),
+        (lambda p: p.accuracies.write_bytes(b"\xff\xfe"), r"prompt_accuracy\.csv: not a CSV file.*dvc repro evaluate`"),
+        (lambda p: p.accuracies.write_text("prompts,field,model,accuracy,ci_low,ci_high,num\n"),
+         r"evaluate\.json: has new_color_accuracy_base, which the table of accuracies hasn't; run `dvc repro"),
+        (lambda p: (p.samples / "grid.png").unlink(),
+         r"samples/grid\.png: can't be read: No such file or directory; run `dvc repro sample`"),
+        (lambda p: (p.samples / "grid.png").write_text("GIF"), r"grid\.png: not a PNG image; run `dvc repro sample`"),
+        (lambda p: shutil.rmtree(p.base), r"base has no manifest\.json; run `dvc repro base`"),
+        (lambda p: p.write(p.base / "manifest.json", {"format_version": 1, "sources": [{"parts": []}], "files": {}}),
+         r"base/manifest\.json: 0: .*must have repo and commit, or path, or seed; run `dvc repro base`"),
+        (lambda p: (p.base / "unet" / "config.json").unlink(),
+         r"unet/config\.json: no such file; run `dvc repro base`"),
+    ],
+)  # fmt: skip
+def test_bad_input_names_the_file_and_the_stage_and_leaves_the_old_card(project, break_it, message):
+    project.build(files=PIPELINE).card()
+    before = {path.name: path.read_bytes() for path in project.out.iterdir()}
+    break_it(project)
+    with pytest.raises(InputError, match=message):
+        project.card()
+    assert {path.name: path.read_bytes() for path in project.out.iterdir()} == before
+    assert not list(project.folder.glob("*.partial"))
+
+
+def test_an_export_without_single_files_needs_no_name(project):
+    """As `data/model` was before there were any."""
+    project.build(files=PIPELINE)
+    project.config["export"] = {"checkpoint": "last", "weights": "raw", "dtype": "fp32"}
+    project.write(project.model / "training_config.json", project.config)
+    card = project.card()
+    assert "# Fine-tuned Stable Diffusion\n" in card
+    assert "- weights: `raw`, exported as `fp32`" in card
+    assert "- steps: 750 of 1,000, the last, " in card
+
+
+def test_the_stage_starts_without_torch():
+    code = "import sys, stages.card; sys.exit(bool({'torch', 'diffusers', 'datasets', 'pandas'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2]).returncode == 0
+
+
+def test_shipped_params_make_a_card(project, root):
+    """Of every recipe that is shipped, too."""
+    for path in (root / "params.yaml", *sorted((root / "recipes").glob("*.yaml"))):
+        shutil.rmtree(project.model, ignore_errors=True)
+        project.build(files=PIPELINE)
+        project.params = load_params(path)
+        project.config["params"] = project.params.model_dump()
+        project.write(project.model / "training_config.json", project.config)
+        card = project.card()
+        assert [row for row in project.params.sample.prompts if row in spans(card)] == project.params.sample.prompts
+
+
+def test_the_recorded_params_are_those_of_the_schema():
+    """The card reads these keys of a record that training writes from the checked params."""
+    from sdtrain.card.recorded import TrainedWith
+
+    tree = check_params(shrunk_tree()).model_dump()
+    assert TrainedWith.model_validate(tree).train.lr == tree["train"]["lr"]
