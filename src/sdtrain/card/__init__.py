@@ -51,7 +51,7 @@ def write_card(
         results(evaluate, metrics, accuracy_table),
         _training(found),
         usage(found, sample, seed),
-        _reproduction(found),
+        _reproduction(found, sample, evaluate),
         _license(found),
     ]
     with new_folder(out) as folder:
@@ -100,7 +100,7 @@ def _title(model: Model) -> str:
     elif known == "lora":
         title, text = "LoRA for Stable Diffusion", f"A LoRA (low-rank adapter) of the UNet was trained. {frozen}"
     elif known == "dora":
-        title = "DoRA of Stable Diffusion"
+        title = "Stable Diffusion with a merged DoRA"
         text = f"A DoRA (weight-decomposed low-rank adapter) of the UNet was trained. {frozen}"
     else:
         method = code_span(model.config.params.method.name)
@@ -174,7 +174,7 @@ def _objective(train: Train) -> str:
     return ", ".join(parts)
 
 
-def _reproduction(model: Model) -> str:
+def _reproduction(model: Model, sample: SampleParams, evaluate: EvaluateParams) -> str:
     """Commands that restore the recorded params, with the base's commits, and run them."""
     pins = []
     for place, source in enumerate(model.sources):
@@ -182,12 +182,17 @@ def _reproduction(model: Model) -> str:
         if source.commit is not None:
             pins.append(f" -S {shlex.quote(f'base.{part}revision={source.commit}')}")
     path = (model.files.folder / "training_config.json").as_posix()
-    program = "import json, sys; c = json.load(sys.stdin); print(json.dumps({**c['params'], 'export': c['export']}))"
+    program = 'import json, sys; c = json.load(sys.stdin); print(json.dumps({**c["params"], "export": c["export"]}))'
     commands = f"python -c {shlex.quote(program)} < {shlex.quote(path)} > params.yaml\ndvc exp run{''.join(pins)}"
+    config = model.config
+    needs = "the same images" + (" and what it branched from" if config.resumed_from else "")
+    used = (("grid", config.params.sample, sample), ("metrics", config.params.evaluate, evaluate))
+    later = " and ".join(name for name, recorded, now in used if recorded != now.model_dump(mode="json"))
+    note = f"\n\nThe {later} above were made with params that were changed after the training." if later else ""
     return (
-        f"## Reproduce\n\nThis is run {code_span(model.config.fingerprint)} of sdtrain. With the commit that has it in "
-        "`dvc.lock`, `dvc repro` makes it again. Elsewhere, in the project's folder and with the same images:\n\n"
-        + code_block("sh", commands)
+        f"## Reproduce\n\nThis is run {code_span(config.fingerprint)} of sdtrain. At the commit that its `dvc.lock` "
+        f"belongs to, `dvc repro` makes it again. Elsewhere, in the project's folder and with {needs}:\n\n"
+        f"{code_block('sh', commands)}{note}"
     )
 
 

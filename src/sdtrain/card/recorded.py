@@ -86,6 +86,8 @@ class TrainedWith(Recorded):
     precompute: Precompute
     method: Method
     train: Train
+    sample: dict[str, Any]
+    evaluate: dict[str, Any]
 
 
 class Export(Recorded):

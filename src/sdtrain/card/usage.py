@@ -18,7 +18,11 @@ _SD1_CHANNELS, _SD1_TEXT_WIDTH = 320, 768
 def usage(model: Model, sample: SampleParams, seed: int) -> str:
     """Instructions for each of the files that are there."""
     files, known = model.files, bool(model.known_method)
-    blocks = ["## Use"]
+    blocks = [
+        "## Use",
+        f"Paths are the project's. Elsewhere, give this model's own folder or repository in place of "
+        f"{code_span(files.folder.as_posix())}.",
+    ]
     if files.lora is not None:
         blocks += [
             f"With Diffusers, the LoRA ({code_span(LORA)}, {files.lora:.1f} MiB) on its base:",
@@ -37,7 +41,7 @@ def usage(model: Model, sample: SampleParams, seed: int) -> str:
     if files.single:
         lines = [f"- {code_span(name)} ({size:.1f} MiB){_place(model, name)}" for name, size in files.single.items()]
         blocks += ["In one file:", "\n".join(lines)]
-        blocks += [*_size_warning(model), *_v_prediction(model)] if known else []
+        blocks += (_size_warning(model) or _v_prediction(model)) if known else []
     if files.others:
         lines = [f"- {code_span(name)} ({size:.1f} MiB)" for name, size in files.others.items()]
         blocks += ["Further weights:", "\n".join(lines)]
@@ -126,18 +130,18 @@ def _v_prediction(model: Model) -> list[str]:
         return []
     zero = train.zero_terminal_snr
     beside = [
-        "the base's checkpoint, under its name" if _is_adapter(model, name)
+        "the base's checkpoint (with its name)" if _is_adapter(model, name)
         else f"the model, as {code_span(f'{Path(name).stem}.yaml')}"
         for name in model.files.single
     ]  # fmt: skip
-    setting = " and set “Noise schedule for sampling” to “Zero Terminal SNR” in its settings" if zero else ""
+    setting = "; in its settings, set “Noise schedule for sampling” to “Zero Terminal SNR”" if zero else ""
     return [
         f"The UNet predicts v{', on a schedule with zero terminal SNR' if zero else ''}. Neither program sees this in "
         "the file:",
         "- ComfyUI: put the node ModelSamplingDiscrete before the sampler, with sampling `v_prediction` and zsnr "
-        f"`{str(zero).lower()}`.\n"
-        f"- A1111: put a copy of its `configs/v1-inference.yaml` beside {', or '.join(beside)}, with "
-        f'`parameterization: "v"` added under `params` of `model`{setting}.',
+        f"`{'true' if zero else 'false'}`.\n"
+        '- A1111: copy its `configs/v1-inference.yaml`, add `parameterization: "v"` under `params` of `model`, and put '
+        f"it beside {' and beside '.join(beside)}{setting}.",
     ]
 
 
