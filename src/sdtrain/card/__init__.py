@@ -16,7 +16,7 @@ from sdtrain.card.results import results
 from sdtrain.card.usage import usage
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, write_text
-from sdtrain.ground.markdown import code_block, code_span
+from sdtrain.ground.markdown import code_block, code_span, one_line
 from sdtrain.ground.schedules import scaled_lr
 from sdtrain.params.schema import EvaluateParams, SampleParams
 
@@ -79,14 +79,15 @@ def _front_matter(model: Model) -> ModelCardData:
         relation = "adapter"
     elif model.known_method:
         relation = "finetune"
-    base_model = source.repo if source else None
+    # On one line, because PyYAML writes some line breaks (U+0085) so that they are read as spaces.
+    base_model = one_line(source.repo) if source and source.repo else None
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image" if model.known_method else None,
         base_model=base_model,
         base_model_relation=relation if base_model else None,
-        datasets=[dataset.repo] if dataset.repo else None,
-        tags=["stable-diffusion", "sdtrain", model.config.params.method.name],
+        datasets=[one_line(dataset.repo)] if dataset.repo else None,
+        tags=["stable-diffusion", "sdtrain", one_line(model.config.params.method.name)],
     )
 
 
