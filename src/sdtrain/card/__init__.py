@@ -1,7 +1,6 @@
 """The model card: what was trained, the grid, the metrics, how to use the model and how to reproduce it.
 
-What `data/model` holds decides which instructions the card gives; the recorded method only chooses the words. A method
-that has no words here gets a card without instructions that may not hold for it.
+What `data/model` holds decides which instructions the card gives; the recorded method only chooses the words.
 """
 
 import json
@@ -11,14 +10,14 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from sdtrain.card.recorded import Dataset, Model, Train, read_model
+from sdtrain.card.recorded import Model, read_model
 from sdtrain.card.results import results
 from sdtrain.card.usage import usage
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, write_text
 from sdtrain.ground.markdown import code_block, code_span, one_line
 from sdtrain.ground.schedules import scaled_lr
-from sdtrain.params.schema import EvaluateParams, SampleParams
+from sdtrain.params.schema import DatasetParams, EvaluateParams, SampleParams, TrainParams
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -74,16 +73,13 @@ def _find_grid(samples: Path) -> Path:
 
 def _front_matter(model: Model) -> ModelCardData:
     """The card's YAML header, without a licence: that is the user's to choose."""
-    source, dataset, relation = model.unet_source, model.config.params.dataset, None
-    if model.files.lora is not None:
-        relation = "adapter"
-    elif model.known_method:
-        relation = "finetune"
+    source, dataset = model.unet_source, model.config.params.dataset
+    relation = "finetune" if model.files.lora is None else "adapter"
     # On one line, because PyYAML writes some line breaks (U+0085) so that they are read as spaces.
     base_model = one_line(source.repo) if source and source.repo else None
     return ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image" if model.known_method else None,
+        pipeline_tag="text-to-image",
         base_model=base_model,
         base_model_relation=relation if base_model else None,
         datasets=[one_line(dataset.repo)] if dataset.repo else None,
@@ -92,21 +88,19 @@ def _front_matter(model: Model) -> ModelCardData:
 
 
 def _title(model: Model) -> str:
-    known, name = model.known_method, model.config.export.name
-    frozen = "VAE and text encoder are the base's."
-    if known == "finetune" and model.unet_source and model.unet_source.seed is not None:
-        title, text = "Stable Diffusion, its UNet trained from scratch", f"A UNet was trained from scratch. {frozen}"
-    elif known == "finetune":
-        title, text = "Fine-tuned Stable Diffusion", f"All weights of the UNet were fine-tuned. {frozen}"
-    elif known == "lora":
-        title, text = "LoRA for Stable Diffusion", f"A LoRA (low-rank adapter) of the UNet was trained. {frozen}"
-    elif known == "dora":
-        title = "Stable Diffusion with a merged DoRA"
-        text = f"A DoRA (weight-decomposed low-rank adapter) of the UNet was trained. {frozen}"
-    else:
-        method = code_span(model.config.params.method.name)
-        title, text = f"Stable Diffusion, trained by {method}", f"It was trained by the method {method}."
-    return f"# {title}{f': {code_span(name)}' if name is not None else ''}\n\n{text}"
+    kind = "dora" if model.uses_dora else model.config.params.method.name
+    if kind == "finetune" and model.unet_source is not None and model.unet_source.seed is not None:
+        kind = "from scratch"
+    title, text = {
+        "finetune": ("Fine-tuned Stable Diffusion", "All weights of the UNet were fine-tuned."),
+        "from scratch": ("Stable Diffusion, its UNet trained from scratch", "A UNet was trained from scratch."),
+        "lora": ("LoRA for Stable Diffusion", "A LoRA (low-rank adapter) of the UNet was trained."),
+        "dora": (
+            "Stable Diffusion with a merged DoRA",
+            "A DoRA (weight-decomposed low-rank adapter) of the UNet was trained.",
+        ),
+    }[kind]
+    return f"# {title}: {code_span(model.config.export.name)}\n\n{text} VAE and text encoder are the base's."
 
 
 def _images(sample: SampleParams, seed: int, grid: str) -> str:
@@ -124,7 +118,7 @@ def _images(sample: SampleParams, seed: int, grid: str) -> str:
 
 def _training(model: Model) -> str:
     config, params, export = model.config, model.config.params, model.config.export
-    train, settings = params.train, params.method.model_extra or {}
+    train, settings = params.train, params.method.model_dump(exclude={"name"})
     method = [code_span(params.method.name)]
     method += [f"{code_span(key)} {code_span(json.dumps(settings[key], ensure_ascii=False))}" for key in settings]
     lr = scaled_lr(train.lr, train.lr_scaling, train.batch_size, train.lr_reference_batch_size)
@@ -147,11 +141,11 @@ def _training(model: Model) -> str:
     return "## Training\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
-def _num_passes(step: int, train: Train, num_train: int) -> str:
+def _num_passes(step: int, train: TrainParams, num_train: int) -> str:
     return f"{step * train.batch_size / max(1, num_train):.1f} passes over the images"
 
 
-def _images_of(dataset: Dataset) -> str:
+def _images_of(dataset: DatasetParams) -> str:
     if dataset.source == "generated":
         return "generated scenes of coloured shapes"
     if dataset.repo is None:
@@ -160,7 +154,7 @@ def _images_of(dataset: Dataset) -> str:
     return f"captioned images of {code_span(dataset.repo)}{revision}"
 
 
-def _objective(train: Train) -> str:
+def _objective(train: TrainParams) -> str:
     parts = [f"prediction type {code_span(train.prediction_type)}"]
     if train.zero_terminal_snr:
         parts.append("zero terminal SNR")
@@ -188,7 +182,7 @@ def _reproduction(model: Model, sample: SampleParams, evaluate: EvaluateParams) 
     config = model.config
     needs = "the same images" + (" and what it branched from" if config.resumed_from else "")
     used = (("grid", config.params.sample, sample), ("metrics", config.params.evaluate, evaluate))
-    later = " and ".join(name for name, recorded, now in used if recorded != now.model_dump(mode="json"))
+    later = " and ".join(name for name, recorded, now in used if recorded != now)
     note = f"\n\nThe {later} above were made with params that were changed after the training." if later else ""
     return (
         f"## Reproduce\n\nThis is run {code_span(config.fingerprint)} of sdtrain. At the commit that its `dvc.lock` "

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json
 from sdtrain.ground.manifests import BaseManifest
+from sdtrain.params.schema import ExportParams, Params
 
 LORA = "pytorch_lora_weights.safetensors"
 """Diffusers' own name of a LoRA."""
@@ -37,69 +38,6 @@ class Source(Recorded):
         return self
 
 
-class Method(Recorded):
-    """The method; the settings of its own are in `model_extra`."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str
-
-
-class Dataset(Recorded):
-    """Where the images come from."""
-
-    source: str
-    repo: str | None
-    revision: str | None
-
-
-class Precompute(Recorded):
-    """How the images were prepared."""
-
-    resolution: int
-
-
-class Train(Recorded):
-    """The run's settings."""
-
-    lr: float
-    lr_scaling: str
-    lr_reference_batch_size: int | None
-    lr_scheduler: str
-    lr_warmup_steps: int
-    batch_size: int
-    precision: str
-    optimizer: str
-    prediction_type: str
-    zero_terminal_snr: bool
-    snr_gamma: float | None
-    noise_offset: float
-    input_perturbation: float
-    caption_dropout: float
-
-
-class TrainedWith(Recorded):
-    """The params that the run was trained with."""
-
-    seed: int
-    dataset: Dataset
-    precompute: Precompute
-    method: Method
-    train: Train
-    sample: dict[str, Any]
-    evaluate: dict[str, Any]
-
-
-class Export(Recorded):
-    """The section `export`."""
-
-    checkpoint: str
-    weights: str
-    dtype: str
-    name: str | None = None
-    """Stem of the single files; None where the export had none."""
-
-
 class Origin(Recorded):
     """What a run branched from."""
 
@@ -115,8 +53,9 @@ class Config(Recorded):
     num_train: int
     fingerprint: str
     resumed_from: Origin | None = None
-    params: TrainedWith
-    export: Export
+    params: Params
+    """All that the run was trained with."""
+    export: ExportParams
 
 
 class Unet(Recorded):
@@ -139,8 +78,6 @@ class Files:
     """The LoRA in Diffusers' layout, likewise."""
     single: dict[str, float]
     """Files for other programs, by name."""
-    others: dict[str, float]
-    """What else is at the root, by name."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +92,10 @@ class Model:
     """Of the base, whose sizes the trained one has."""
 
     @property
-    def known_method(self) -> str:
-        """`finetune`, `lora`, `dora`; an empty string for a method that the card has no words for."""
+    def uses_dora(self) -> bool:
+        """Whether it is a LoRA of that kind."""
         method = self.config.params.method
-        if method.name == "lora" and (method.model_extra or {}).get("use_dora") is True:
-            return "dora"
-        return method.name if method.name in ("finetune", "lora") else ""
+        return method.name == "lora" and method.use_dora
 
     @property
     def unet_source(self) -> Source | None:
@@ -207,7 +142,7 @@ def check(tree: Any, kind: type[T], path: Path, stage: str) -> T:
         raise InputError(f"{path}: {place}{': ' if place else ''}{fault['msg']}; run `dvc repro {stage}`") from None
 
 
-def _find_files(folder: Path, name: str | None) -> Files:
+def _find_files(folder: Path, name: str) -> Files:
     """The weights that are there.
 
     Args:
@@ -225,16 +160,15 @@ def _find_files(folder: Path, name: str | None) -> Files:
         return _mib(index, *(path for path in inside if nested not in path.parents))
 
     weights = {path.name: _mib(path) for path in sorted(folder.glob("*.safetensors"))}
-    singles = [f"{name}.safetensors", f"{name}-merged.safetensors"] if name is not None else []
+    singles = [f"{name}.safetensors", f"{name}-merged.safetensors"]
     found = Files(
         folder,
         pipeline=pipeline(folder),
         merged=pipeline(folder / "merged"),
         lora=weights.pop(LORA, None),
-        single={single: weights.pop(single) for single in singles if single in weights},
-        others=weights,
+        single={single: weights[single] for single in singles if single in weights},
     )
-    if (found.pipeline, found.merged, found.lora) == (None, None, None) and not found.others:
+    if (found.pipeline, found.merged, found.lora) == (None, None, None):
         raise InputError(f"{folder}: has no model_index.json, {LORA} or merged/; run `dvc repro export`")
     return found
 

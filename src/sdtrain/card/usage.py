@@ -17,7 +17,7 @@ _SD1_CHANNELS, _SD1_TEXT_WIDTH = 320, 768
 
 def usage(model: Model, sample: SampleParams, seed: int) -> str:
     """Instructions for each of the files that are there."""
-    files, known = model.files, bool(model.known_method)
+    files = model.files
     blocks = [
         "## Use",
         f"Paths are the project's. Elsewhere, give this model's own folder or repository in place of "
@@ -31,22 +31,18 @@ def usage(model: Model, sample: SampleParams, seed: int) -> str:
     if files.pipeline is not None:
         blocks += [
             f"With Diffusers, the whole model ({files.pipeline:.1f} MiB):",
-            code_block("python", _pipeline_snippet(files.folder, known, sample, seed)),
+            code_block("python", _pipeline_snippet(files.folder, sample, seed)),
         ]
     if files.merged is not None:
         blocks += [
             f"With Diffusers, the whole model with the adapter merged into it ({files.merged:.1f} MiB):",
-            code_block("python", _pipeline_snippet(files.folder / "merged", known, sample, seed)),
+            code_block("python", _pipeline_snippet(files.folder / "merged", sample, seed)),
         ]
     if files.single:
         lines = [f"- {code_span(name)} ({size:.1f} MiB){_place(model, name)}" for name, size in files.single.items()]
         blocks += ["In one file:", "\n".join(lines)]
-        blocks += (_size_warning(model) or _v_prediction(model)) if known else []
-    if files.others:
-        lines = [f"- {code_span(name)} ({size:.1f} MiB)" for name, size in files.others.items()]
-        blocks += ["Further weights:", "\n".join(lines)]
-    if known:
-        blocks += ["With sdtrain, in the project's folder:", code_block("sh", _generate(files.folder, sample))]
+        blocks += _size_warning(model) or _v_prediction(model)
+    blocks += ["With sdtrain, in the project's folder:", code_block("sh", _generate(files.folder, sample))]
     return "\n\n".join(blocks)
 
 
@@ -63,23 +59,18 @@ def _lora_snippet(model: Model, sample: SampleParams, seed: int) -> str:
     lines = [
         "from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline",
         "",
-        f"pipeline = StableDiffusionPipeline.from_pretrained({start})",
+        f"pipeline = StableDiffusionPipeline.from_pretrained({start}, dtype=torch.float32)",
         f"pipeline.load_lora_weights({model.files.folder.as_posix()!r}, weight_name={LORA!r})",
         "pipeline.scheduler = DPMSolverMultistepScheduler.from_config(",
         *(f"    {argument}," for argument in schedule),
         ")",
     ]
-    if not model.known_method:
-        return "\n".join(lines)
     size = params.precompute.resolution
     return "\n".join(["import torch", *lines, *_call(sample, seed, f"height={size}, width={size},")])
 
 
-def _pipeline_snippet(folder: Path, known: bool, sample: SampleParams, seed: int) -> str:
-    if not known:  # what its pipeline takes isn't known either
-        load = f"pipeline = DiffusionPipeline.from_pretrained({folder.as_posix()!r})"
-        return "\n".join(["from diffusers import DiffusionPipeline", "", load])
-    load = f"pipeline = StableDiffusionPipeline.from_pretrained({folder.as_posix()!r})"
+def _pipeline_snippet(folder: Path, sample: SampleParams, seed: int) -> str:
+    load = f"pipeline = StableDiffusionPipeline.from_pretrained({folder.as_posix()!r}, dtype=torch.float32)"
     return "\n".join(["import torch", "from diffusers import StableDiffusionPipeline", "", load, *_call(sample, seed)])
 
 
@@ -104,8 +95,6 @@ def _place(model: Model, name: str) -> str:
             ", the LoRA, to be used with its base: for ComfyUI in `models/loras/`, for A1111 in `models/Lora/`, with "
             f"{in_prompt} in the prompt"
         )
-    if not model.known_method:
-        return ""
     return ", the whole model: for ComfyUI in `models/checkpoints/`, for A1111 in `models/Stable-diffusion/`"
 
 
