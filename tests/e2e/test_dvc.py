@@ -8,7 +8,10 @@ import subprocess
 import time
 
 import pytest
+import yaml
 
+from sdtrain.params.load import load_params
+from tests.conftest import ROOT, shrunk_tree
 from tests.e2e.project import Project
 
 STAGES = ["base", "dataset", "precompute", "train", "export", "sample", "evaluate", "card"]
@@ -161,3 +164,17 @@ def test_a_key_of_the_method_reruns_no_stage_before_train(project):
     assert stages_run(project.run("dvc repro --dry"))[0] == "train"
     project.run("git checkout params.yaml src")
     assert stages_run(project.run("dvc repro --dry")) == []
+
+
+def test_another_rank_reruns_train_and_what_follows(project):
+    """LoRA's own keys, on the base, images and cache of the full fine-tuning before it."""
+    method = load_params(ROOT / "recipes" / "lora.yaml").method.model_dump()
+    (project.folder / "params.yaml").write_text(yaml.safe_dump(shrunk_tree(method=method), sort_keys=False))
+    output = project.run("dvc repro")
+    assert set(stages_run(output)) <= set(STAGES[STAGES.index("train") :])
+    assert "adapter" in (project.folder / "data" / "card" / "README.md").read_text()
+    project.commit("a LoRA")
+    output = project.readme("dvc exp run -S method.rank=4")
+    assert stages_run(output) == STAGES[STAGES.index("train") :]
+    assert project.json("data/model/training_config.json")["params"]["method"]["rank"] == 4
+    assert not (project.folder / "data" / "model" / "model_index.json").exists()

@@ -25,6 +25,8 @@ from typing import Literal
 import psutil
 import pytest
 
+from sdtrain.params.load import load_params
+from tests.conftest import ROOT
 from tests.e2e.project import Project
 
 MAX_STEPS, SAVE_EVERY, VALIDATE_EVERY = 16, 2, 4
@@ -199,10 +201,25 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Whole:
-    folder = tmp_path_factory.mktemp("kill") / "project"
+    return run_whole(tmp_path_factory.mktemp("kill") / "project")
+
+
+@pytest.fixture(scope="module")
+def whole_lora(tmp_path_factory) -> Whole:
+    method = load_params(ROOT / "recipes" / "lora.yaml").method.model_dump()
+    return run_whole(tmp_path_factory.mktemp("kill_lora") / "project", method={**method, "dropout": 0.1})
+
+
+def run_whole(folder: Path, **changes: dict) -> Whole:
+    """Train to the end, unstopped.
+
+    Args:
+        changes: of the params, by section.
+    """
     folder.mkdir()
     project = Project(
         folder,
+        **changes,
         train={
             "max_steps": MAX_STEPS,
             "save_every_n_steps": SAVE_EVERY,
@@ -333,6 +350,17 @@ def test_kills_at_any_moment_change_nothing(whole):
             landed += play(whole, [Kill(number, "group", phase) for number, phase in sorted(missed)], rng)
     assert wanted <= {(kill.number, kill.phase) for kill in landed}
     assert len(landed) >= 20
+
+
+@pytest.mark.full
+def test_ten_kills_of_a_lora_change_nothing(whole_lora):
+    """With dropout, whose masks must be the same, too."""
+    landed, rng = [], random.Random(3)
+    ways: list = [(SIGKILL, "group"), (SIGTERM, "group"), (SIGKILL, "trainer"), (SIGINT, "group")]
+    for _ in range(5):  # a kill may come too late
+        kills = [Kill(*rng.choice(ways), rng.choice(PHASES)) for _ in range(max(0, 10 - len(landed)))]
+        landed += play(whole_lora, kills, rng)
+    assert len(landed) >= 10
 
 
 @pytest.mark.full

@@ -47,6 +47,8 @@ class Run:
     best: list[Candidate]
     """The best checkpoints, stored at `store.checkpoint(step)`, by rising loss."""
     name: str
+    commit: str | None
+    """The git commit at the start; asked for once, because a signal to all processes would end git, too."""
     trained_with: dict
     """All params that the run was last trained with."""
 
@@ -86,7 +88,7 @@ class Run:
             "identity": self.spec.identity,
             "num_steps": self.spec.num_steps,
             "num_train": self.spec.num_train,
-            "git_commit": git_commit(),
+            "git_commit": self.commit,
             "resumed_from": self.spec.branch,
             "params": self.trained_with,
         }
@@ -197,6 +199,7 @@ def _open(
         first_step=first_step,
         best=head.best if head else [],
         name=name,
+        commit=git_commit(),
         trained_with=spec.params.model_dump(),
     )
     if spec.origin:
