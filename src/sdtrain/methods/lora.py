@@ -107,19 +107,21 @@ class Lora:
 
         With the alpha that gives this adapter's scale; Diffusers' own converter always writes the rank.
         """
+        layers = {name: layer for name, layer in self.trained.named_modules() if isinstance(layer, LoraLayer)}
+        rank, alpha = self._params.rank, self._params.alpha
+        if self._params.use_rslora:
+            alpha *= rank**0.5  # so that alpha / rank is the scale
         tensors = {}
-        for name, layer in self.trained.named_modules():
-            if isinstance(layer, LoraLayer):
-                key = f"lora_unet_{name.replace('.', '_')}"
-                tensors[f"{key}.lora_down.weight"] = layer.lora_A[self._adapter].weight.to(dtype).contiguous()
-                tensors[f"{key}.lora_up.weight"] = layer.lora_B[self._adapter].weight.to(dtype).contiguous()
-                alpha = layer.scaling[self._adapter] * layer.r[self._adapter]
-                tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+        for name, layer in layers.items():
+            key = f"lora_unet_{name.replace('.', '_')}"
+            tensors[f"{key}.lora_down.weight"] = layer.lora_A[self._adapter].weight.to(dtype).contiguous()
+            tensors[f"{key}.lora_up.weight"] = layer.lora_B[self._adapter].weight.to(dtype).contiguous()
+            tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
         save_file(tensors, file, {"format": "pt"})
-        rank, has_convolutions = str(self._params.rank), any(".conv" in name for name in self._weights())
-        convolutions = {"ss_network_args": json.dumps({"conv_dim": rank, "conv_alpha": str(alpha)})}
-        network = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": str(alpha)}
-        add_metadata(file, network | (convolutions if has_convolutions else {}))
+        network = {"ss_network_dim": str(rank), "ss_network_alpha": str(alpha), "ss_network_module": "networks.lora"}
+        if any(getattr(layer.base_layer, "kernel_size", (1, 1)) != (1, 1) for layer in layers.values()):
+            network["ss_network_args"] = json.dumps({"conv_dim": str(rank), "conv_alpha": str(alpha)})
+        add_metadata(file, network)
 
     def _merged(self, scheduler: DDPMScheduler) -> StableDiffusionPipeline:
         """A full model with B·A added to its weights in fp32; a copy, as taking it off again would round them."""
