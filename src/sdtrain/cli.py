@@ -65,6 +65,7 @@ def _positive(text: str) -> int:
 def _generate(options: argparse.Namespace) -> None:
     if not options.model.is_dir():
         raise InputError(f"--model {options.model}: no such folder; `dvc repro export` makes data/model")
+    from sdtrain.ground.layout import MERGED
     from sdtrain.methods.checkpoints import is_checkpoint, load_checkpoint
     from sdtrain.models.parts import pick_device
     from sdtrain.models.pipelines import generate
@@ -76,7 +77,7 @@ def _generate(options: argparse.Namespace) -> None:
     if of_checkpoint or has_adapter(options.model):
         if not (base / "model_index.json").exists():
             raise InputError(f"--base {base}: no base model there; {options.model} needs it")
-    elif options.base:
+    elif options.base and any((options.model / name).exists() for name in ("model_index.json", MERGED)):
         raise InputError(f"--base {options.base}: {options.model} is a complete model")
     if of_checkpoint:
         method, scheduler, _ = load_checkpoint(options.model, options.weights, base)

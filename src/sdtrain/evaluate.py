@@ -40,11 +40,11 @@ def evaluate_model(
     """
     pipelines = {"base": load_pipeline(base), "trained": load_model(model, base)}
     shards = LatentShards(latents, "validation", encoders_fingerprint(base))
+    is_generated = "generated" in DatasetManifest.read(dataset).source
+    rows = prompt_accuracy(params, seed, pipelines) if is_generated else []  # before a method changes their parts
     numbers, table = _held_out_loss(params, seed, method, pipelines, shards)
     write_text(loss_table, table.to_csv(index=False, lineterminator="\n"))
-    rows = []
-    if "generated" in DatasetManifest.read(dataset).source:
-        rows = prompt_accuracy(params, seed, pipelines)
+    if is_generated:
         numbers |= {f"{row['prompts']}_{row['field']}_accuracy_{row['model']}": row["accuracy"] for row in rows}
         numbers["num_prompts"] = params.num_prompts
     columns = ["prompts", "field", "model", "accuracy", "ci_low", "ci_high", "num"]

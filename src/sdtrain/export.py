@@ -1,6 +1,7 @@
 """Exports the trained weights in the forms that programs load; each is loaded back by stock libraries and compared."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from sdtrain import __version__
 from sdtrain.data.batches import Batch
+from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, read_json, write_json
 from sdtrain.ground.headers import add_metadata
 from sdtrain.methods import build_method, recorded_method
@@ -57,7 +59,12 @@ def _difference(name: str, form: Exported, params: ExportParams, config: dict, p
         for part, written in _modules(form.written).items():
             _assert_same_weights(f"{part} of {name}", written, getattr(loaded, part))
     again = build_method(recorded_method(config["params"]["method"]), parts_of(loaded))
+    again.trained.requires_grad_(False)  # as the checkpoint's: PyTorch multiplies by weights that train in other ways
     difference = ((_predict(again, probe) - expected).norm() / expected.norm()).item()
+    if params.dtype == "fp16" and not math.isfinite(difference):
+        raise InputError(
+            "export.dtype = 'fp16': some weights or activations are beyond its range of ±65,504; use export.dtype: fp32"
+        )
     allowed = form.error if params.dtype == "fp32" else _ERROR_IN_16_BIT
     assert difference <= allowed, (
         f"{name}: its prediction differs from the checkpoint's by {difference:.2e} (relative), at most {allowed:.0e} "
@@ -119,7 +126,8 @@ def _history(params: ExportParams, config: dict, base: dict) -> dict[str, str]:
 def _structure(pipeline: DiffusionPipeline, form: Exported, file: Path) -> dict[str, str]:
     """ModelSpec's names of the structure: Stable Diffusion 1.x's or a custom one; and of the layout."""
     config = pipeline.unet.config
-    is_sd1 = all(list(config[key]) == SD1.unet[key] for key in ("block_out_channels", "down_block_types"))
+    sizes = ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim")
+    is_sd1 = all(json.dumps(config[key]) == json.dumps(SD1.unet[key]) for key in sizes)
     kind = form.kind if file == form.path else file.parent.relative_to(form.path).as_posix()
     is_original = file == form.path and not form.kind
     return {

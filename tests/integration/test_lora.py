@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,24 +14,27 @@ import yaml
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sdtrain import cli
+from sdtrain.base import resolve_base
 from sdtrain.data.batches import BatchMaker
 from sdtrain.evaluate import evaluate_model
 from sdtrain.export import export_model
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json
 from sdtrain.ground.headers import read_metadata
+from sdtrain.ground.layout import ADAPTER_FILE
 from sdtrain.models.parts import load_parts
-from sdtrain.models.trained import ADAPTER_FILE
 from sdtrain.params.load import load_params
 from sdtrain.sample import sample_grid
 from sdtrain.tools.overfit import overfit_batch
 from sdtrain.tools.plan import plan_run
 from sdtrain.train import train
 from sdtrain.training.devices import build_accelerator
+from sdtrain.training.identity import code_hashes
 from sdtrain.training.optimizer import build_lr_scheduler
+from sdtrain.training.spec import read_spec
 from sdtrain.training.step import optimizer_step
 from sdtrain.training.trainer import build_trainer
 from tests.conftest import ROOT, shrunk_tree
@@ -322,6 +326,64 @@ def test_an_export_that_differs_is_not_kept(workspace, lora, tmp_path, monkeypat
     ):
         export_model(workspace.make_params(**changes()).export, workspace.base, lora.checkpoints, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_with_linear_projections_is_exported(workspace, tmp_path):
+    """Where PyTorch multiplies by weights that train in another way: rounding, not another model."""
+    config = {**read_json(workspace.base / "unet" / "config.json"), "use_linear_projection": True}
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    params = workspace.make_params(base={"path": str(workspace.base), "unet_config": config})
+    resolve_base(params.base, 0, out=tmp_path / "base")
+    run = workspace.train(tmp_path, base=tmp_path / "base", **changes())
+    export_model(workspace.make_params(**changes()).export, tmp_path / "base", run.checkpoints, tmp_path / "model")
+    assert (tmp_path / "model" / ADAPTER_FILE).exists()
+
+
+def test_weights_beyond_fp16_say_so(workspace, lora, tmp_path):
+    shutil.copytree(lora.checkpoints, tmp_path / "checkpoints")
+    file = tmp_path / "checkpoints" / "best" / "ema" / ADAPTER_FILE
+    tensors, metadata = load_file(file), read_metadata(file)
+    save_file({name: 1e6 * tensor for name, tensor in tensors.items()}, file, metadata)
+    params = workspace.make_params(**changes(export={"dtype": "fp16"})).export
+    with pytest.raises(InputError, match="export.dtype = 'fp16': some weights or activations are beyond its range"):
+        export_model(params, workspace.base, tmp_path / "checkpoints", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_adapter_is_named(workspace, lora, model, tmp_path, damage):
+    for source, file in ((lora.checkpoints / "best", f"ema/{ADAPTER_FILE}"), (model, ADAPTER_FILE)):
+        shutil.copytree(source, tmp_path / source.name)
+        path = tmp_path / source.name / file
+        if damage == "truncated":
+            path.write_bytes(path.read_bytes()[:1000])
+        elif source != model:  # an exported model without it is none
+            path.unlink()
+        else:
+            continue
+        place = ["--model", str(tmp_path / source.name), "--base", str(workspace.base)]
+        with pytest.raises(
+            SystemExit, match=f"error: .*{ADAPTER_FILE}: (no such file|not a complete .safetensors file)"
+        ):
+            cli.main(["generate", *place, "--prompt", "x", "--steps", "1", "--out", str(tmp_path / "out")])
+
+
+def test_with_dropout_another_micro_batch_is_another_run(workspace, tmp_path):
+    """It draws by micro-batch; without it the split changes rounding only."""
+
+    def fingerprint(dropout: float, micro_batch_size: int) -> str:
+        sections = changes({"dropout": dropout}, train={"micro_batch_size": micro_batch_size})
+        return read_spec(workspace.make_params(**sections), workspace.files(tmp_path)).fingerprint
+
+    assert fingerprint(0.1, 8) != fingerprint(0.1, 4)
+    assert fingerprint(0.0, 8) == fingerprint(0.0, 4)
+
+
+def test_how_it_is_exported_is_not_part_of_the_run():
+    hashed = set(code_hashes("lora"))
+    assert {"sdtrain.methods.lora", "sdtrain.methods.method", "sdtrain.ground.diffusion"} <= hashed
+    writing = ("methods.exports", "models.single_file", "models.trained", "ground.headers", "ground.layout")
+    assert not hashed & {f"sdtrain.{name}" for name in writing}
 
 
 def test_a_full_runs_state_is_no_adapters(workspace, run, tmp_path):

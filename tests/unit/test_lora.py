@@ -14,12 +14,12 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from sdtrain.ground.errors import InputError
+from sdtrain.ground.layout import ADAPTER_FILE
 from sdtrain.methods.lora import Lora, build
 from sdtrain.methods.method import trained_parameters
 from sdtrain.models.parts import Parts, load_parts, meta_parts
 from sdtrain.models.pipelines import build_pipeline
 from sdtrain.models.sd1 import SD1
-from sdtrain.models.trained import ADAPTER_FILE
 from sdtrain.params.load import load_params
 from sdtrain.params.schema import ExportParams, LoraParams
 from tests.conftest import ROOT

@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
 from torch.autograd.graph import saved_tensors_hooks
 
+from sdtrain.methods import lora as lora_module
 from sdtrain.models.parts import Configs, read_configs
-from sdtrain.params.load import check_params
+from sdtrain.params.load import check_params, load_params
 from sdtrain.training import memory
 from sdtrain.training.memory import Costs, training_costs
-from tests.conftest import shrunk_tree
+from tests.conftest import ROOT, shrunk_tree
 
 SD15 = Configs(
     unet={"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -168,6 +170,27 @@ def test_activations_are_what_a_real_pass_holds_at_its_peak(tiny, precision, gra
         tiny, (4, 8, 8), micro_batch_size=8, precision=precision, gradient_checkpointing=gradient_checkpointing
     )
     assert estimate.activations_bytes == pytest.approx(real.peak, rel=0.02)
+
+
+@pytest.mark.usefixtures("cpu_autocast")
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_autocast_keeps_no_copy_of_frozen_weights(tiny, gradient_checkpointing):
+    """Of a LoRA's base it makes one for each use; those that the backward pass needs stay until then."""
+    lora = load_params(ROOT / "recipes" / "lora.yaml").method
+    train = check_params(shrunk_tree()).train.model_copy(
+        update={**PLAIN, "micro_batch_size": 8, "precision": "bf16", "gradient_checkpointing": gradient_checkpointing}
+    )
+    estimate = training_costs(tiny, lora, train, (4, 8, 8)).activations_bytes
+    unet = UNet2DConditionModel.from_config(tiny.unet).requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=list(lora_module._CONV)))
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    for p in unet.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    lasting = [tensor for p in unet.parameters() for tensor in (p, p.grad) if tensor is not None]
+    with memory._LiveBytes(lasting) as real:
+        F.mse_loss(forward(unet, 8, "bf16"), torch.zeros(8, 4, 8, 8)).backward()
+    assert estimate == pytest.approx(real.peak, rel=0.03)
 
 
 def test_estimating_draws_no_random_numbers(tiny):

@@ -154,7 +154,10 @@ RULE_CASES = [
     ({"export__merged": True}, "export.merged = True: has no effect with method.name = 'finetune', whose model is "),
     ({"method": {**LORA, "use_dora": True}}, "export.merged = False: with method.use_dora = True only the merged"),
     ({"method": LORA, "export__single_file": True}, "export.single_file = True: is for full models, and with export."),
-    ({"method": LORA, "export__name": "pytorch_lora_weights"}, "export.name = 'pytorch_lora_weights': is the name of "),
+    (
+        {"method": LORA, "export__name": "pytorch_lora_weights"},
+        "export.name = 'pytorch_lora_weights': Diffusers would take",
+    ),
     ({"base__source": "hub"}, "base.repo = None: base.source = 'hub' needs a repository, owner/name"),
     ({"dataset__source": "hub"}, "dataset.repo = None: dataset.source = 'hub' needs a repository, owner/name"),
     ({"base__repo": "a/b"}, "base.repo = 'a/b': base.source = 'local' doesn't read it; set base.source: hub"),
@@ -416,6 +419,7 @@ SOURCES = get_args(DatasetParams.model_fields["source"].annotation)
 MUST_FOLLOW = {
     "params.yaml": {"hub": {"dataset.repo"}},
     "lora.yaml": {"hub": {"dataset.repo"}},
+    "sd15-lora.yaml": {"hub": {"dataset.repo"}},
     "images.yaml": {"hub": {"dataset.repo"}, "generated": {"precompute.random_flip"}},
     "scratch.yaml": {
         "hub": {"dataset.repo", "dataset.num_scenes"},

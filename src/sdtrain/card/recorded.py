@@ -8,11 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json
+from sdtrain.ground.layout import ADAPTER_FILE, MERGED
 from sdtrain.ground.manifests import BaseManifest
 from sdtrain.params.schema import ExportParams, Params
 
-LORA = "pytorch_lora_weights.safetensors"
-"""Diffusers' own name of a LoRA."""
 T = TypeVar("T")
 
 
@@ -153,7 +152,7 @@ def _find_files(folder: Path, name: str) -> Files:
     """
 
     def pipeline(root: Path) -> float | None:
-        index, nested = root / "model_index.json", root / "merged"
+        index, nested = root / "model_index.json", root / MERGED
         if not index.is_file():
             return None
         inside = [path for path in root.rglob("*") if path.is_file() and path.parent != root]
@@ -164,12 +163,12 @@ def _find_files(folder: Path, name: str) -> Files:
     found = Files(
         folder,
         pipeline=pipeline(folder),
-        merged=pipeline(folder / "merged"),
-        lora=weights.pop(LORA, None),
+        merged=pipeline(folder / MERGED),
+        lora=weights.pop(ADAPTER_FILE, None),
         single={single: weights[single] for single in singles if single in weights},
     )
     if (found.pipeline, found.merged, found.lora) == (None, None, None):
-        raise InputError(f"{folder}: has no model_index.json, {LORA} or merged/; run `dvc repro export`")
+        raise InputError(f"{folder}: has no model_index.json, {ADAPTER_FILE} or {MERGED}/; run `dvc repro export`")
     return found
 
 

@@ -8,7 +8,8 @@ from a .yaml file with the checkpoint's name, and has zero terminal SNR among it
 import shlex
 from pathlib import Path
 
-from sdtrain.card.recorded import LORA, Model
+from sdtrain.card.recorded import Model
+from sdtrain.ground.layout import ADAPTER_FILE, MERGED
 from sdtrain.ground.markdown import code_block, code_span, one_line
 from sdtrain.params.schema import SampleParams
 
@@ -25,7 +26,7 @@ def usage(model: Model, sample: SampleParams, seed: int) -> str:
     ]
     if files.lora is not None:
         blocks += [
-            f"With Diffusers, the LoRA ({code_span(LORA)}, {files.lora:.1f} MiB) on its base:",
+            f"With Diffusers, the LoRA ({code_span(ADAPTER_FILE)}, {files.lora:.1f} MiB) on its base:",
             code_block("python", _lora_snippet(model, sample, seed)),
         ]
     if files.pipeline is not None:
@@ -36,7 +37,7 @@ def usage(model: Model, sample: SampleParams, seed: int) -> str:
     if files.merged is not None:
         blocks += [
             f"With Diffusers, the whole model with the adapter merged into it ({files.merged:.1f} MiB):",
-            code_block("python", _pipeline_snippet(files.folder / "merged", sample, seed)),
+            code_block("python", _pipeline_snippet(files.folder / MERGED, sample, seed)),
         ]
     if files.single:
         lines = [f"- {code_span(name)} ({size:.1f} MiB){_place(model, name)}" for name, size in files.single.items()]
@@ -60,7 +61,7 @@ def _lora_snippet(model: Model, sample: SampleParams, seed: int) -> str:
         "from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline",
         "",
         f"pipeline = StableDiffusionPipeline.from_pretrained({start}, dtype=torch.float32)",
-        f"pipeline.load_lora_weights({model.files.folder.as_posix()!r}, weight_name={LORA!r})",
+        f"pipeline.load_lora_weights({model.files.folder.as_posix()!r}, weight_name={ADAPTER_FILE!r})",
         "pipeline.scheduler = DPMSolverMultistepScheduler.from_config(",
         *(f"    {argument}," for argument in schedule),
         ")",

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from sdtrain.data.batches import Batch
 from sdtrain.data.shards import Column
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.headers import add_metadata
+from sdtrain.ground.headers import add_metadata, read_metadata
+from sdtrain.ground.layout import ADAPTER_FILE, MERGED
 from sdtrain.methods.exports import DTYPES, Exported, export_full, full_model_bytes
 from sdtrain.methods.method import denoising_loss, predict_from_text
 from sdtrain.models.parts import Parts
 from sdtrain.models.pipelines import build_pipeline
-from sdtrain.models.trained import ADAPTER_FILE, MERGED, load_adapted
+from sdtrain.models.trained import load_adapted
 from sdtrain.params.schema import ExportParams, LoraParams
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -47,7 +48,6 @@ class Lora:
         if not hasattr(parts.unet, "peft_config"):  # else of a pipeline with its exported adapter
             _add_adapter(parts.unet, params)
         (self._adapter,) = parts.unet.peft_config
-        parts.unet.set_adapter(self._adapter)  # which makes it, and only it, train
         self.losses = (denoising_loss(self.predict),)
 
     def predict(self, model: nn.Module, noisy_latents: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
@@ -58,6 +58,7 @@ class Lora:
 
     def load(self, folder: Path) -> None:
         path = folder / ADAPTER_FILE
+        read_metadata(path)  # which checks that the file is whole
         saved = {name.removeprefix("unet."): tensor for name, tensor in load_file(path).items()}
         ours = self._weights()
         differ = [name for name in saved.keys() | ours.keys() if _shape(saved, name) != _shape(ours, name)]
@@ -152,7 +153,7 @@ def _targets(params: LoraParams) -> tuple[str, ...]:
 
 
 def _add_adapter(unet: UNet2DConditionModel, params: LoraParams) -> None:
-    """Add a new adapter, whose weights are float32 and whose B is zero."""
+    """Add a new adapter, which trains: its weights are float32, and B is zero."""
     _check_targets(unet, params)
     unet.add_adapter(
         LoraConfig(

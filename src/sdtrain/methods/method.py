@@ -60,7 +60,7 @@ class Method(Protocol):
         """Load the weights that `save` wrote, in place.
 
         Raises:
-            InputError: they have another structure.
+            InputError: they have another structure, or aren't there.
         """
 
     def pipeline(self, scheduler: DDPMScheduler) -> DiffusionPipeline:

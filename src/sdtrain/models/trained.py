@@ -3,18 +3,14 @@
 from pathlib import Path
 
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json, sha256_json
+from sdtrain.ground.headers import read_metadata
+from sdtrain.ground.layout import ADAPTER_FILE, MERGED
 from sdtrain.ground.manifests import BaseManifest
 from sdtrain.models.parts import Parts, load_parts, pick_device, training_scheduler
 from sdtrain.models.pipelines import build_pipeline, load_pipeline
-
-ADAPTER_FILE = LORA_WEIGHT_NAME_SAFE
-"""The adapter of an exported model, for Diffusers and PEFT."""
-MERGED = "merged"
-"""Subfolder of an exported model: base and adapter as one, a Diffusers folder."""
 
 
 def load_base_of(folder: Path, base: Path) -> tuple[Parts, DDPMScheduler]:
@@ -42,8 +38,9 @@ def load_adapted(folder: Path, base: Path, file: str = ADAPTER_FILE) -> StableDi
     """The base with an exported adapter, in fp32 on the CPU.
 
     Raises:
-        InputError: the adapter was trained on another base.
+        InputError: its file is missing or damaged, or it was trained on another base.
     """
+    read_metadata(folder / file)  # which checks that the file is whole
     pipeline = build_pipeline(*load_base_of(folder, base))
     # As load_lora_weights does, which warns that there is no adapter of the text encoder.
     adapter, alphas, metadata = pipeline.lora_state_dict(folder, weight_name=file, return_lora_metadata=True)

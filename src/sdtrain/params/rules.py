@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from sdtrain.ground.layout import ADAPTER_FILE
 from sdtrain.ground.schedules import scaled_lr
 
 NEUTRAL = {
@@ -307,8 +308,12 @@ def _dora_is_merged(p: View) -> str | None:
 
 
 def _name_is_free(p: View) -> str | None:
-    if p.method.name == "lora" and p.export.name == "pytorch_lora_weights":
-        return "export.name = 'pytorch_lora_weights': is the name of the adapter's file for Diffusers; choose another"
+    reserved = ADAPTER_FILE.removesuffix(".safetensors")
+    if p.method.name == "lora" and p.export.name.casefold().endswith(reserved):
+        return (
+            f"export.name = {p.export.name!r}: Diffusers would take {p.export.name}.safetensors for {ADAPTER_FILE}, "
+            "which is written, too; choose another name"
+        )
 
 
 def _single_file_is_full(p: View) -> str | None:

@@ -107,13 +107,14 @@ class LoraParams(Section):
     rank: PositiveInt
     """Rows of A and columns of B."""
     alpha: Annotated[float, Field(gt=0)]
-    """s = alpha / rank. With `alpha` equal to `rank` a learning rate holds for any rank about as well."""
+    """s = alpha / rank. At the same alpha a learning rate holds for other ranks, about (Hu et al. 2021, 4.1)."""
     target_modules: Literal["attention", "linear", "conv"] | Annotated[list[Text], Field(min_length=1)]
     """Layers that get an adapter. `attention`: queries, keys, values and outputs (Diffusers' default). `linear`: all of
     the transformer blocks (kohya's default). `conv`: the residual blocks, down- and upsamplers as well (kohya's LoCon).
     Or a list of the ends of modules' names, e.g. `[attn2.to_k, attn2.to_v]`."""
     dropout: Annotated[float, Field(ge=0, lt=1)]
-    """Share of the adapter's inputs that are zeroed in training."""
+    """Share of the adapter's inputs that are zeroed in training; drawn by micro-batch, so with it another
+    `train.micro_batch_size` is another run."""
     use_rslora: bool
     """s = alpha / √rank instead (Kalajdzievski 2023)."""
     use_dora: bool
@@ -259,8 +260,9 @@ class ExportParams(Section):
     """The moving average, or the weights the optimizer worked on."""
     dtype: Literal["fp32", "fp16"]
     """Number format of the exported safetensors."""
-    name: Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$", max_length=100)]
-    """Title of the model, and stem of the files for ComfyUI and A1111, which show it: `name`.safetensors."""
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)]
+    """Title of the model, and stem of the files for ComfyUI and A1111, which show it: `name`.safetensors, and
+    `name`-merged.safetensors with `merged` and `single_file`."""
     merged: bool
     """`lora` only: also export the UNet with the adapter added to its weights, as a full model."""
     single_file: bool

@@ -31,16 +31,23 @@ _COMPUTING_ALONE = (
     "sdtrain.training.branching",
 )  # fmt: skip
 """The loop, the curves, and what a run resumes or branches with; what these import checks and prints, too."""
-_NOT_COMPUTING = ("sdtrain", "sdtrain.ground.errors", "sdtrain.methods", "sdtrain.params*")
-"""The version; the exceptions; the table of all methods; and the params' schema, whose values are in the identity."""
+_NOT_COMPUTING = (
+    "sdtrain", "sdtrain.ground.errors", "sdtrain.methods", "sdtrain.params*",
+    "sdtrain.methods.exports", "sdtrain.models.single_file", "sdtrain.models.trained", "sdtrain.ground.headers",
+    "sdtrain.ground.layout",
+)  # fmt: skip
+"""The version; the exceptions; the table of all methods; the params' schema, whose values are in the identity; and what
+a method exports with."""
 
 
 def training_identity(params: Params, files: TrainFiles, num_steps: int, origin: dict | None) -> dict:
     """The identity of a training run: params, length, base, data, code, libraries and where it branched from."""
+    # Dropout draws by micro-batch, so with it their size changes more than rounding.
+    split = SPLIT - {"micro_batch_size"} if getattr(params.method, "dropout", 0) else SPLIT
     return {
         "seed": params.seed,
         "method": params.method.model_dump(),
-        "train": params.train.model_dump(exclude=_CONTINUATION | SPLIT | _LENGTH),
+        "train": params.train.model_dump(exclude=_CONTINUATION | split | _LENGTH),
         "validation": params.validation.model_dump(exclude=_IMAGES),
         "num_steps": None if params.train.lr_scheduler in OPEN_ENDED else num_steps,
         "base": sha256_json(BaseManifest.read(files.base).files),

@@ -220,7 +220,7 @@ class _GpuKernels(TorchFunctionMode):
         if not isinstance(arg, Tensor) or arg.dtype == dtype:
             return arg
         copy = arg.to(dtype)
-        if isinstance(arg, nn.Parameter):
+        if isinstance(arg, nn.Parameter) and arg.requires_grad:  # frozen ones are cast each time
             self._weight_copies.append(copy)
         return copy
 
