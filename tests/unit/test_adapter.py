@@ -186,7 +186,7 @@ def test_equal_weights_are_equal_files(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from tests.unit.test_lora import adapted, export_params, BASE
+from tests.unit.test_adapter import adapted, export_params, BASE
 method = adapted()
 method.save(Path(sys.argv[1]) / "saved")
 list(method.export(Path(sys.argv[1]), None, export_params(), BASE))
