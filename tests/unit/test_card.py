@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from dvc.utils.hydra import apply_overrides
@@ -24,6 +25,7 @@ from sdtrain.card import write_card
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.markdown import code_block, code_span, one_line
 from sdtrain.params.load import load_params
+from sdtrain.params.schema import MethodParams
 
 COMMIT = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
 HUB = {"repo": "stable-diffusion-v1-5/stable-diffusion-v1-5", "revision": None, "commit": COMMIT}
@@ -726,8 +728,7 @@ def test_shipped_params_make_a_card(project, root):
 
 
 def test_every_method_has_its_words(project):
-    from sdtrain.methods import METHODS
-
-    for name in METHODS:
+    for section in get_args(get_args(MethodParams)[0]):
+        (name,) = get_args(section.model_fields["name"].annotation)
         project.build(files=PIPELINE, method=LORA if name == "lora" else {"name": name})
         assert project.card()
