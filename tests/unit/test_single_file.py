@@ -13,7 +13,7 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 from sdtrain.ground.errors import DiskFullError, InputError
-from sdtrain.ground.files import sha256_file
+from sdtrain.ground.files import new_folder, sha256_file
 from sdtrain.models import single_file
 from sdtrain.models.parts import Configs, load_parts, load_tokenizer, meta_parts, read_configs
 from sdtrain.models.pipelines import build_pipeline
@@ -254,15 +254,21 @@ def test_weights_outside_the_structure_are_not_passed_over(tmp_path, part):
     ("error", "told"),
     [(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), DiskFullError), (KeyboardInterrupt(), KeyboardInterrupt)],
 )
-def test_failing_write_leaves_the_old_file(tiny, tmp_path, monkeypatch, error, told):
+def test_failing_write_leaves_the_old_export(tiny, tmp_path, monkeypatch, error, told):
+    """The folder of exports comes into being as a whole, so this file has no temporary name of its own."""
+
     def write_half(tensors, path, metadata):
         path.write_bytes(b"half")
         raise error
 
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"old")
+    old = tmp_path / "model" / "model.safetensors"
+    old.parent.mkdir()
+    old.write_bytes(b"old")
     monkeypatch.setattr(single_file, "save_file", write_half)
-    with pytest.raises(told, match=r"model\.safetensors \(needs" if told is DiskFullError else None):
-        save_single_file(tiny, file)
-    assert file.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [file]
+    with (
+        pytest.raises(told, match=r"model \(needs" if told is DiskFullError else None),
+        new_folder(old.parent) as folder,
+    ):
+        save_single_file(tiny, folder / old.name)
+    assert old.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [old.parent]

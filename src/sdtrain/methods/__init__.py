@@ -36,7 +36,7 @@ def build_method(params: Section, parts: Parts) -> Method:
     """Build the method of the section `method` around `parts`, whose weights it changes in place.
 
     Of a pipeline that the method exported, its own modules are in `parts.others`: it takes these in place of new ones,
-    so that what is exported can be evaluated, or trained further.
+    so that what is exported can be compared and evaluated.
     """
     return METHODS[params.name].build(params, parts)
 

@@ -16,7 +16,6 @@ prediction, the noise schedule, the VAE's scaling factor. Stock Diffusers reads 
 Diffusers folder, without a network: `StableDiffusionPipeline.from_single_file(file, config="path/to/folder")`.
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.files import PARTIAL, disk_errors_explained
+from sdtrain.ground.files import disk_errors_explained
 
 _UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -80,21 +79,15 @@ _TAKES = {
 
 
 def save_single_file(pipeline: StableDiffusionPipeline, file: Path) -> None:
-    """Write the UNet, the VAE and the text encoder, in the dtypes that they have.
+    """Write the UNet, the VAE and the text encoder, in the dtypes that they have; into a folder that isn't in use yet.
 
     Raises:
         InputError: the layout can't express one's structure; names the config key.
     """
     tensors = _original_tensors(pipeline)
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    partial = file.with_name(file.name + PARTIAL)
     with disk_errors_explained(str(file), file.parent, num_bytes):
-        try:
-            save_file(tensors, partial, metadata={"format": "pt"})
-            os.replace(partial, file)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _original_tensors(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
