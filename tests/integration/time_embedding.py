@@ -26,7 +26,8 @@ class TimeEmbedding:
     def __init__(self, params: TimeEmbeddingParams, parts) -> None:
         self._params, self._parts, self.trained = params, parts, parts.unet
         parts.unet.time_embedding.requires_grad_(True)
-        self.columns = {"brightness": Column((1,), flips=False)}
+        self.columns = {"brightness": Column((1,))}
+        self.conditions = ("brightness",)
         self.losses = (self.denoising, self.consistency)
         self.logged = ("denoising", "consistency")
 

@@ -20,7 +20,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -100,9 +100,11 @@ class Column:
     """A further column of the latent cache, by what a method needs of it."""
 
     shape: tuple[int, ...]
-    """Of one row."""
-    flips: bool
-    """Whether it shows the image: then a flipped image has its own, `<name>_flipped`."""
+    """Of one row. Grey pixels are cached once and read as three channels."""
+    flips: bool = False
+    """Whether a flipped image has its own in the cache, `<name>_flipped`; pixels are mirrored instead."""
+    dtype: Literal["float32", "uint8"] = "float32"
+    """As it is read."""
 
 
 class LatentShards:

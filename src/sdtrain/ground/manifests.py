@@ -89,6 +89,13 @@ class DatasetSplit(_Record):
     ids_sha256: str
 
 
+class DatasetCondition(_Record):
+    """A further column of the data set."""
+
+    channels: PositiveInt
+    """Of its images: 1 if all of them are grey."""
+
+
 class DatasetManifest(Manifest):
     """Of `data/dataset`."""
 
@@ -96,6 +103,8 @@ class DatasetManifest(Manifest):
 
     format_version: Literal[1] = 1
     source: dict[str, Any]
+    conditions: dict[str, DatasetCondition] = {}
+    """What belongs to each image besides the caption, by name."""
     splits: Annotated[dict[str, DatasetSplit], AfterValidator(_both)]
     dropped: dict[str, PositiveInt]
     """Number of inputs that were dropped, by reason."""
@@ -112,6 +121,15 @@ class Shard(_Record):
     sha256: str
 
 
+class CachedCondition(_Record):
+    """A further column of the cache."""
+
+    kind: Literal["pixels"]
+    """`pixels`: of the cropped image, uint8; a flipped image's are mirrored when read."""
+    shape: tuple[PositiveInt, ...]
+    """Of one row."""
+
+
 class LatentsManifest(Manifest):
     """Of `data/latents`."""
 
@@ -126,6 +144,8 @@ class LatentsManifest(Manifest):
     max_token_id: NonNegativeInt
     shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     """Channels, height and width of a latent."""
+    conditions: dict[str, CachedCondition] = {}
+    """What a method may see besides the caption, by name."""
     splits: Annotated[dict[str, list[Shard]], AfterValidator(_both)]
 
     def num_rows(self, split: str) -> int:

@@ -22,6 +22,7 @@ class Finetune:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self.columns: dict[str, Column] = {}
+        self.conditions: tuple[str, ...] = ()
         self.logged: tuple[str, ...] = ()
         self.trained = parts.unet.requires_grad_(True)
         self.losses = (denoising_loss(self.predict),)

@@ -43,6 +43,7 @@ class Lora:
     def __init__(self, params: LoraParams, parts: Parts) -> None:
         self._params, self._parts = params, parts
         self.columns: dict[str, Column] = {}
+        self.conditions: tuple[str, ...] = ()
         self.logged: tuple[str, ...] = ()
         self.trained: UNet2DConditionModel = parts.unet
         if not hasattr(parts.unet, "peft_config"):  # else of a pipeline with its exported adapter

@@ -37,6 +37,8 @@ class Method(Protocol):
     columns: dict[str, Column]
     """Further columns of the latent cache that its batches need, by name. Where the shape depends on the latents',
     their size is the UNet's `config.sample_size`."""
+    conditions: tuple[str, ...]
+    """Those of the columns whose use is measured: what the model should see besides the caption."""
     losses: tuple[LossPass, ...]
     """Each makes one backward pass, and their losses add up. What they draw at random follows from `batch.seeds`.
     The last one must reach every trained parameter: with several processes it is the one that sums gradients."""

@@ -21,9 +21,12 @@ NEUTRAL = {
     "dataset.image_column": "image",
     "dataset.caption_column": "text",
     "dataset.alpha_background": "#ffffff",
+    "dataset.condition_columns": {},
+    "dataset.world": "shapes",
     "dataset.num_scenes": 2400,
     "dataset.new_fraction": 0.8,
     "precompute.center_crop": True,
+    "precompute.derived_conditions": {},
     "train.timestep_sampling": "uniform",
     "train.branch_from": "data/start",
     "train.resume_reset": [],
@@ -42,6 +45,10 @@ NEUTRAL = {
 
 Null is neutral, too, for every field that may be null, and the only neutral value of fields not listed here.
 """
+
+
+CONDITIONS: dict[str, set[str]] = {"finetune": set(), "lora": set(), "controlnet": {"hint"}}
+"""What each method sees besides the caption."""
 
 
 class View:
@@ -137,9 +144,23 @@ def _no_trackers(p: View) -> tuple[str, str] | None:
 
 
 def _no_images(p: View) -> tuple[str, str] | None:
-    if p.train.trackers and not p.validation.prompts:
+    if p.train.trackers and not p.validation.prompts and p.validation.num_held_out is None:
+        if CONDITIONS[p.method.name]:
+            return "validation.num_held_out = None", "validation.num_held_out to a number"
         return "validation.prompts = []", "add prompts there"
     return _no_trackers(p)
+
+
+def _sees_no_conditions(p: View) -> tuple[str, str] | None:
+    if not CONDITIONS[p.method.name]:
+        return f"method.name = {p.method.name!r}, which sees captions only", "use prompts"
+
+
+def _starts_from_unet(p: View) -> tuple[str, str] | None:
+    if p.method.name != "controlnet":
+        return f"method.name = {p.method.name!r}", "method.name to controlnet"
+    if p.method.start != "base":
+        return f"method.start = {p.method.start!r}", "method.start to base"
 
 
 def _no_ema(p: View) -> tuple[str, str] | None:
@@ -324,6 +345,51 @@ def _single_file_is_full(p: View) -> str | None:
         )
 
 
+def _method_has_its_conditions(p: View) -> str | None:
+    name, columns, derived = p.method.name, p.dataset.condition_columns, p.precompute.derived_conditions
+    if twice := sorted(columns.keys() & derived.keys()):
+        return (
+            f"dataset.condition_columns.{twice[0]} = {columns[twice[0]]!r}, precompute.derived_conditions.{twice[0]} = "
+            f"{derived[twice[0]]!r}: give one of them"
+        )
+    for key, given in (("dataset.condition_columns", columns), ("precompute.derived_conditions", derived)):
+        if unused := sorted(given.keys() - CONDITIONS[name]):
+            return (
+                f"{key}.{unused[0]} = {given[unused[0]]!r}: method.name = {name!r} sees no {unused[0]}; leave it out"
+            )
+    if missing := sorted(CONDITIONS[name] - columns.keys() - derived.keys()):
+        column = "outline" if p.dataset.source == "generated" else "COLUMN"
+        return (
+            f"method.name = {name!r}: needs a {missing[0]} for each image; set dataset.condition_columns to "
+            f"{{{missing[0]}: {column}}}, or precompute.derived_conditions to {{{missing[0]}: canny}}"
+        )
+
+
+def _grid_has_rows(p: View) -> str | None:
+    conditions = CONDITIONS[p.method.name]
+    if not conditions and not p.sample.prompts:
+        return "sample.prompts = []: the grid needs a prompt or more"
+    if conditions and p.sample.num_held_out is None:
+        return (
+            f"sample.num_held_out = None: with method.name = {p.method.name!r} the grid shows held-out images' captions "
+            "and conditions; give their number"
+        )
+
+
+def _prompts_in_words(section: str) -> Rule:
+    """Images under conditions take their captions from the held-out images."""
+
+    def rule(p: View) -> str | None:
+        prompts, conditions = getattr(p, section).prompts, CONDITIONS[p.method.name]
+        if conditions and prompts:
+            return (
+                f"{section}.prompts: method.name = {p.method.name!r} draws held-out images' captions with their "
+                f"conditions; set it to [], and {section}.num_held_out to a number"
+            )
+
+    return rule
+
+
 def _captions_survive_the_flip(p: View) -> str | None:
     if p.dataset.source == "generated" and p.precompute.random_flip:
         return (
@@ -341,7 +407,8 @@ RULES: tuple[Rule, ...] = (
     _source_reads_it("dataset.path", "imagefolder", "webdataset", "parquet"),
     _source_reads_it("dataset.image_column", "imagefolder", "webdataset", "parquet", "hub"),
     _source_reads_it("dataset.caption_column", "imagefolder", "webdataset", "parquet", "hub"),
-    _source_reads_it("dataset.num_scenes", "generated"), _source_reads_it("dataset.new_fraction", "generated"),
+    _source_reads_it("dataset.group_column", "imagefolder", "webdataset", "parquet", "hub"),
+    _source_reads_it("dataset.world", "generated"), _source_reads_it("dataset.num_scenes", "generated"), _source_reads_it("dataset.new_fraction", "generated"),
     _has_effect("dataset.alpha_background", _generated), _has_effect("precompute.center_crop", _generated),
     _has_effect("evaluate.num_prompts", _not_generated), _has_effect("evaluate.num_inference_steps", _not_generated),
     _has_effect("evaluate.guidance_scale", _not_generated),
@@ -358,5 +425,9 @@ RULES: tuple[Rule, ...] = (
     _has_effect("train.branch_from", _no_branch), _has_effect("train.resume_reset", _no_branch),
     _listed_once("resume_reset"), _listed_once("trackers"),
     _constant_has_no_warmup, _warmup_ends, _export_has_weights, _captions_survive_the_flip,
+    _has_effect("base.controlnet_repo", _starts_from_unet), _revision_needs_repo("controlnet"),
+    _method_has_its_conditions, _grid_has_rows, _prompts_in_words("sample"), _prompts_in_words("validation"),
+    _has_effect("sample.num_held_out", _sees_no_conditions), _has_effect("validation.num_held_out", _sees_no_conditions),
+    _has_effect("validation.num_held_out", _no_trackers),
     _has_effect("export.merged", _not_lora), _dora_is_merged, _single_file_is_full, _name_is_free,
 )  # fmt: skip

@@ -42,12 +42,22 @@ class BaseParams(Section):
     """Take text encoder and tokenizer from this hub repository (`text_encoder/`, `tokenizer/`) instead."""
     text_encoder_revision: Text | None
     """Branch, tag or commit of `text_encoder_repo`."""
+    controlnet_repo: HubRepo | None
+    """Also take a trained ControlNet from this hub repository (its root, or its `controlnet/`); only for
+    `method.start: base`. A local base brings its own in `controlnet/`."""
+    controlnet_revision: Text | None
+    """Branch, tag or commit of `controlnet_repo`."""
     unet_config: dict[str, Any] | None
     """Config of Diffusers' UNet2DConditionModel: train a UNet of this structure from scratch."""
 
 
+ConditionName = Literal["hint", "foreground", "background", "mask", "light"]
+"""What a model may see besides the caption: a ControlNet's `hint`; for relighting the `foreground` or its `mask`, the
+`background`, and the `light` as an environment map."""
+
+
 class DatasetParams(Section):
-    """Captioned images, and which of them are held out."""
+    """Captioned images, what else belongs to them, and which are held out."""
 
     source: Literal["generated", "hub", "imagefolder", "webdataset", "parquet"]
     """`generated`: scenes of coloured shapes. The others are read with Hugging Face Datasets."""
@@ -64,6 +74,12 @@ class DatasetParams(Section):
     the part before `_file_name` in its metadata's column name)."""
     caption_column: Text
     """All but `generated`: column of the caption (`txt` in WebDataset tars)."""
+    condition_columns: dict[ConditionName, Text]
+    """Further columns that the method needs, by what they are: e.g. `{hint: conditioning_image}`. In an image folder
+    also files beside the images: `{hint: 'hints/*.png'}`, where * is the image's path without its suffix. `generated`
+    has `outline`."""
+    group_column: Text | None
+    """All but `generated`: column whose equal values stay in one split, e.g. the object of several photographs."""
     max_train_samples: PositiveInt | None
     """Stop at this many training images, taken in an order drawn from `seed`; null takes all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
@@ -72,6 +88,9 @@ class DatasetParams(Section):
     """All but `generated`: colour behind transparent images, `#rrggbb`."""
     num_workers: NonNegativeInt
     """Threads that decode and check images; 0 uses the main thread."""
+    world: Literal["shapes", "free_shapes"]
+    """`generated` only: `shapes`, whose captions may name size and place; or `free_shapes` of any size and at any
+    place, of which captions say nothing, for hints to tell."""
     num_scenes: PositiveInt
     """`generated` only: how many scenes to draw."""
     new_fraction: Annotated[float, Field(ge=0, le=1)]
@@ -88,6 +107,9 @@ class PrecomputeParams(Section):
     `generated` images are squares already: true only."""
     random_flip: bool
     """Also cache the flipped image's own encoding; `train` draws one of the two each time."""
+    derived_conditions: dict[Literal["hint"], Literal["canny"]]
+    """Conditions computed from the cropped image instead of read: `{hint: canny}` are edges (Canny 1986, by OpenCV),
+    with thresholds drawn for each image, so that the model doesn't bind to one setting."""
     batch_size: PositiveInt
     """Images per VAE call. Changes speed and memory only."""
 
@@ -124,7 +146,20 @@ class LoraParams(Section):
     1/rank, as Diffusers has it."""
 
 
-MethodParams = Annotated[FinetuneParams | LoraParams, Field(discriminator="name")]
+class ControlNetParams(Section):
+    """A ControlNet (Zhang et al. 2023): a trained copy of the UNet's encoder that sees a hint; the UNet stays as it is.
+
+    Needs the condition `hint`. `train.caption_dropout: 0.5` is the paper's.
+    """
+
+    name: Literal["controlnet"]
+    """The training method; each has keys of its own."""
+    start: Literal["unet", "base"]
+    """`unet`: a copy of the UNet's encoder, with zero convolutions. `base`: the trained ControlNet that the base
+    brings, or of `base.controlnet_repo`."""
+
+
+MethodParams = Annotated[FinetuneParams | LoraParams | ControlNetParams, Field(discriminator="name")]
 """The section `method`: one of these, by `name`."""
 
 
@@ -245,10 +280,12 @@ class ValidationParams(Section):
     prompts: list[Text]
     """Prompts whose images go to the trackers at each validation after step 0, with the same noise each time; may be
     empty, and must be empty without trackers."""
+    num_held_out: PositiveInt | None
+    """Instead of prompts, for methods with conditions only: draw this many held-out images' captions and conditions."""
     num_inference_steps: PositiveInt
-    """With prompts only: DPM-Solver++ steps of these images."""
+    """With images only: DPM-Solver++ steps of these images."""
     guidance_scale: Annotated[float, Field(ge=0)]
-    """With prompts only: classifier-free guidance of these images; 1 or less is none."""
+    """With images only: classifier-free guidance of these images; 1 or less is none."""
 
 
 class ExportParams(Section):
@@ -272,8 +309,11 @@ class ExportParams(Section):
 class SampleParams(Section):
     """The grid of images, base beside trained."""
 
-    prompts: Annotated[list[Text], Field(min_length=1)]
-    """One row of the grid each."""
+    prompts: list[Text]
+    """One row of the grid each; empty with `num_held_out`."""
+    num_held_out: PositiveInt | None
+    """Instead of prompts, for methods with conditions only: one row for each of this many held-out images, with its
+    caption and conditions."""
     negative_prompt: str
     """What guidance steers away from; usually empty, and must be empty without guidance."""
     images_per_prompt: PositiveInt
