@@ -7,7 +7,9 @@ from stages import paths, run
 
 def main() -> None:
     params = load_params(paths.PARAMS)
-    sample_grid(params.sample, params.seed, base=paths.BASE, model=paths.MODEL, out=paths.SAMPLES)
+    sample_grid(
+        params.sample, params.seed, base=paths.BASE, latents=paths.LATENTS, model=paths.MODEL, out=paths.SAMPLES
+    )
 
 
 if __name__ == "__main__":

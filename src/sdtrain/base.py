@@ -14,6 +14,7 @@ from pathlib import Path
 from sdtrain.ground import hub
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, read_json, sha256_file, write_json
+from sdtrain.ground.layout import CONTROLNET
 from sdtrain.ground.manifests import BaseManifest
 from sdtrain.params.schema import BaseParams
 
@@ -23,6 +24,7 @@ _PARTS = {
     "text_encoder": (("config.json",), "model"),
     "vae": (("config.json",), "diffusion_pytorch_model"),
     "unet": (("config.json",), "diffusion_pytorch_model"),
+    CONTROLNET: (("config.json",), "diffusion_pytorch_model"),
 }
 """Part to its small files, and the stem of its weights."""
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -47,9 +49,17 @@ def resolve_base(params: BaseParams, seed: int, out: Path) -> BaseManifest:
     Raises:
         InputError: a part is missing, isn't reachable, or doesn't fit the others.
     """
-    parts = list(_PARTS) if params.unet_config is None else [part for part in _PARTS if part != "unet"]
     own_vae, own_text = params.vae_repo is not None, params.text_encoder_repo is not None
-    main = [p for p in parts if not (p == "vae" and own_vae) and not (p in ("tokenizer", "text_encoder") and own_text)]
+    elsewhere = {
+        "vae": own_vae,
+        "tokenizer": own_text,
+        "text_encoder": own_text,
+        "unet": params.unet_config is not None,
+    }
+    # Of the hub only by its own key, because few need it and it is large.
+    is_local = params.source == "local" and (Path(params.path) / CONTROLNET / "config.json").exists()
+    elsewhere[CONTROLNET] = params.controlnet_repo is not None or not is_local
+    main = [part for part in _PARTS if not elsewhere.get(part)]
     with new_folder(out) as folder:
         sources = []
         if params.source == "local":
@@ -62,6 +72,9 @@ def resolve_base(params: BaseParams, seed: int, out: Path) -> BaseManifest:
             both = ["tokenizer", "text_encoder"]
             repo, revision = params.text_encoder_repo, params.text_encoder_revision
             sources.append(_from_hub("base.text_encoder_repo", repo, revision, both, folder))
+        if params.controlnet_repo is not None:
+            repo, revision = params.controlnet_repo, params.controlnet_revision
+            sources.append(_from_hub("base.controlnet_repo", repo, revision, [CONTROLNET], folder))
         if params.unet_config is not None:
             _init_unet(params.unet_config, seed, folder)
             sources.append({"unet_config": params.unet_config, "seed": seed, "parts": ["unet"]})
@@ -88,7 +101,10 @@ def check_fit(folder: Path) -> None:
         if not ok:
             faults.append(f"{left}, but {right}: {why}")
 
-    for part, config, expected in (("vae", vae, "AutoencoderKL"), ("unet", unet, "UNet2DConditionModel")):
+    kinds = [("vae", vae, "AutoencoderKL"), ("unet", unet, "UNet2DConditionModel")]
+    if (folder / CONTROLNET).exists():
+        kinds.append((CONTROLNET, read_json(folder / CONTROLNET / "config.json"), "ControlNetModel"))
+    for part, config, expected in kinds:
         name = config.get("_class_name")
         must(name == expected, f"{part} is a {name}", f"sdtrain trains with {expected}", "take another base")
     if faults:
@@ -120,6 +136,21 @@ def check_fit(folder: Path) -> None:
         f"text_encoder max_position_embeddings = {positions}",
         "take both from the same model",
     )
+    if (folder / CONTROLNET).exists():
+        controlnet = read_json(folder / CONTROLNET / "config.json")
+        for key in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
+            must(
+                controlnet.get(key) == unet[key],
+                f"controlnet {key} = {controlnet.get(key)}",
+                f"unet {key} = {unet[key]}",
+                "the ControlNet must be one of this UNet's structure",
+            )
+        must(
+            controlnet.get("conditioning_channels", 3) == 3,
+            f"controlnet conditioning_channels = {controlnet.get('conditioning_channels')}",
+            "hints are RGB",
+            "take another ControlNet",
+        )
     if faults:
         raise InputError("the base model's parts don't fit together:\n" + "\n".join(f"  {f}" for f in faults))
 
@@ -147,7 +178,8 @@ def _from_hub(key: str, repo: str, revision: str | None, parts: list[str], folde
     if key == "base.repo":
         instead = "set base.source: local and base.path to a Diffusers folder on this machine (data/builtin is one)"
     else:
-        instead = f"set {key}: null to keep the base's own"
+        own = "start from the UNet, with method.start: unet" if CONTROLNET in parts else "keep the base's own"
+        instead = f"set {key}: null to {own}"
     with hub.repository(key, repo, revision, "model", instead) as source:
         names = list(source.files)
         paths = source.fetch([name for part in parts for name in _files_of(where, part, names)])
@@ -165,9 +197,10 @@ def _take(where: str, part: str, names: list[str], locate: Callable[[str], Path]
 
 
 def _files_of(where: str, part: str, names: list[str]) -> list[str]:
-    """The files of one part among all `names`, in its own folder or, for a VAE's own repository, the root."""
+    """The files of one part among all `names`, in its own folder or, for a part's own repository, the root."""
     small, stem = _PARTS[part]
-    prefix = "" if part == "vae" and "vae/config.json" not in names and "config.json" in names else f"{part}/"
+    has_own = part in ("vae", CONTROLNET) and f"{part}/config.json" not in names and "config.json" in names
+    prefix = "" if has_own else f"{part}/"
     if part == "tokenizer":
         has = [files for files in _VOCABULARIES if all(prefix + name in names for name in files)]
         small += has[0] if has else _VOCABULARIES[0]

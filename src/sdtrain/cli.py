@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 from sdtrain.ground.errors import InputError
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
     from sdtrain.training.files import TrainFiles
 
 
@@ -20,6 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--base", type=Path, help="the base of an adapter or a checkpoint (data/base)")
     command.add_argument("--weights", choices=["ema", "raw"], help="a checkpoint's weights (ema if it has them)")
     command.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    command.add_argument("--hint", type=Path, action="append", help="a ControlNet's: one image, or one per prompt")
     command.add_argument("--negative-prompt", default="", help="what to steer away from")
     command.add_argument("--num-images", type=_positive, default=1, help="images per prompt (%(default)s)")
     command.add_argument(
@@ -68,13 +72,13 @@ def _generate(options: argparse.Namespace) -> None:
     from sdtrain.ground.layout import MERGED
     from sdtrain.methods.checkpoints import is_checkpoint, load_checkpoint
     from sdtrain.models.parts import pick_device
-    from sdtrain.models.pipelines import generate
-    from sdtrain.models.trained import has_adapter, load_model
+    from sdtrain.models.pipelines import generate, takes_hints
+    from sdtrain.models.trained import load_model, needs_base
 
     base, of_checkpoint = options.base or Path("data/base"), is_checkpoint(options.model)
     if options.weights and not of_checkpoint:
         raise InputError(f"--weights {options.weights}: {options.model} is an exported model, not a checkpoint")
-    if of_checkpoint or has_adapter(options.model):
+    if of_checkpoint or needs_base(options.model):
         if not (base / "model_index.json").exists():
             raise InputError(f"--base {base}: no base model there; {options.model} needs it")
     elif options.base and any((options.model / name).exists() for name in ("model_index.json", MERGED)):
@@ -84,12 +88,14 @@ def _generate(options: argparse.Namespace) -> None:
         pipeline = method.pipeline(scheduler).to(pick_device())
     else:
         pipeline = load_model(options.model, base)
+    conditions = {"hint": _hints(options, pipeline)} if takes_hints(pipeline) or options.hint else {}
     prompts = [prompt for prompt in options.prompt for _ in range(options.num_images)]
     seeds = [options.seed + place for _ in options.prompt for place in range(options.num_images)]
     images = generate(
         pipeline,
         prompts,
         seeds,
+        conditions=conditions,
         negative_prompt=options.negative_prompt,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
@@ -100,6 +106,27 @@ def _generate(options: argparse.Namespace) -> None:
         path = options.out / f"{number:03}-seed{seed}.png"
         image.save(path)
         print(f"{path}: {prompt}")
+
+
+def _hints(options: argparse.Namespace, pipeline: "DiffusionPipeline") -> "list[Image.Image]":
+    """A hint for each image, as large as the image: cropped as training crops, to the square that the model draws.
+
+    Raises:
+        InputError: there isn't one for each prompt, the model sees none, or a file can't be read.
+    """
+    from sdtrain.data.conditions import read_hint
+    from sdtrain.models.pipelines import drawn_px, takes_hints
+
+    given = options.hint or []
+    if not takes_hints(pipeline):
+        raise InputError(f"--hint {given[0]}: {options.model} isn't a ControlNet, so it sees no hint; leave it out")
+    if len(given) not in (1, len(options.prompt)):
+        raise InputError(
+            f"{options.model} is a ControlNet: give --hint once, or once for each --prompt; there are {len(given)} for "
+            f"{len(options.prompt)}"
+        )
+    hints = [read_hint(path, drawn_px(pipeline)) for path in given] * (len(options.prompt) if len(given) == 1 else 1)
+    return [hint for hint in hints for _ in range(options.num_images)]
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sdtrain import __version__
 from sdtrain.data.batches import Batch
+from sdtrain.data.shards import Column
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, read_json, write_json
 from sdtrain.ground.headers import add_metadata
@@ -95,8 +96,15 @@ def _probe(method: Method, pipeline: DiffusionPipeline) -> Batch:
     rng, size, text = torch.Generator().manual_seed(0), pipeline.unet.config.sample_size, pipeline.text_encoder.config
     latents = torch.randn(2, pipeline.vae.config.latent_channels, size, size, generator=rng)
     input_ids = torch.randint(text.vocab_size, (2, text.max_position_embeddings), generator=rng)
-    columns = {name: torch.rand(2, *column.shape, generator=rng) for name, column in method.columns.items()}
+    columns = {name: _random_column(column, rng) for name, column in method.columns.items()}
     return Batch(latents, latents, latents, torch.tensor([10, 900]), input_ids, seeds=[0, 1], columns=columns)
+
+
+def _random_column(column: Column, rng: torch.Generator) -> Tensor:
+    shape = (2, *column.shape)
+    if column.dtype == "uint8":
+        return torch.randint(256, shape, dtype=torch.uint8, generator=rng)
+    return torch.rand(shape, generator=rng)
 
 
 @torch.no_grad()
@@ -128,7 +136,7 @@ def _structure(pipeline: DiffusionPipeline, form: Exported, file: Path) -> dict[
     config = pipeline.unet.config
     sizes = ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim")
     is_sd1 = all(json.dumps(config[key]) == json.dumps(SD1.unet[key]) for key in sizes)
-    kind = form.kind if file == form.path else file.parent.relative_to(form.path).as_posix()
+    kind = form.kind or ("" if file == form.path else file.parent.relative_to(form.path).as_posix())
     is_original = file == form.path and not form.kind
     return {
         "modelspec.architecture": "/".join(filter(None, ("stable-diffusion-v1" if is_sd1 else "custom", kind))),

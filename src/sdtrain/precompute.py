@@ -1,7 +1,8 @@
 """The latent cache: every image encoded by the frozen VAE, every caption by the tokenizer.
 
 It stores the VAE's posterior (mean and log-variance), not one sample of it, and with `random_flip` also
-that of the flipped image, because flipping a latent doesn't give it.
+that of the flipped image, because flipping a latent doesn't give it. Conditions are cached as methods need them: a
+hint as the pixels of the same crop.
 """
 
 import json
@@ -15,11 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from sdtrain.data.conditions import condition_pixels
+from sdtrain.data.edges import canny_edges
 from sdtrain.data.images import decode_rgb, square_pixels
 from sdtrain.data.shards import NUM_PROBES, PROBE, SPLITS, read_dataset
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, sha256_file, sha256_json, write_json
-from sdtrain.ground.manifests import DatasetManifest, LatentsManifest, Shard, encoders_fingerprint
+from sdtrain.ground.manifests import (
+    CachedCondition,
+    DatasetManifest,
+    LatentsManifest,
+    Shard,
+    encoders_fingerprint,
+)
 from sdtrain.models.parts import load_tokenizer, load_vae, pick_device, tokenize, vae_factor
 from sdtrain.params.schema import PrecomputeParams
 
@@ -46,7 +55,8 @@ def precompute_latents(
         )
     vae.to(device)
     max_token_id = 0
-    counts = {"num_truncated_captions": 0, "num_upscaled": 0}
+    conditions = _cached_conditions(params, manifest)
+    counts = {"num_truncated_captions": 0, "num_upscaled": 0, **{f"num_blank_{name}s": 0 for name in conditions}}
     statistics = _Statistics(vae.config.scaling_factor)
     splits: dict[str, list[Shard]] = {}
     with new_folder(out) as folder:
@@ -57,6 +67,9 @@ def precompute_latents(
             )
             while shard := list(islice(rows, _SHARD_ROWS)):
                 tensors = _encode_shard(params, seed, shard, vae, device, progress)
+                for name, condition in conditions.items():
+                    tensors[name] = torch.from_numpy(_condition_pixels(params, seed, shard, name, condition))
+                    counts[f"num_blank_{name}s"] += int((tensors[name].flatten(1).amax(1) == 0).sum())
                 captions = [row["caption"] for row in shard]
                 tensors["input_ids"] = tokenize(tokenizer, captions)
                 max_token_id = max(max_token_id, tensors["input_ids"].max().item())
@@ -65,7 +78,10 @@ def precompute_latents(
                 counts["num_truncated_captions"] += sum(len(ids) > tokenizer.model_max_length for ids in lengths)
                 counts["num_upscaled"] += sum(min(row["width"], row["height"]) < params.resolution for row in shard)
                 name = f"{split}-{len(splits[split]):05}.safetensors"
-                save_file(tensors, folder / name, metadata={"ids": json.dumps([row["id"] for row in shard])})
+                lists = {"ids": [row["id"] for row in shard]}
+                if split == "validation":
+                    lists["captions"] = captions
+                save_file(tensors, folder / name, metadata={key: json.dumps(values) for key, values in lists.items()})
                 splits[split].append(Shard(file=name, num_rows=len(shard), sha256=sha256_file(folder / name)))
                 if split == "validation" and len(splits[split]) == 1:
                     pixels = _pixels(params, seed, shard[:NUM_PROBES])
@@ -80,6 +96,7 @@ def precompute_latents(
             seed=seed,
             max_token_id=max_token_id,
             shape=tuple(statistics.shape),
+            conditions=conditions,
             splits=splits,
         ).write(folder)
         report = {**counts, "latents_mean": statistics.mean, "latents_std": statistics.std}
@@ -89,6 +106,25 @@ def precompute_latents(
         f"{counts['num_truncated_captions']} captions truncated to {tokenizer.model_max_length} tokens, "
         f"{counts['num_upscaled']} images upscaled to {params.resolution} px"
     )
+
+
+def _cached_conditions(params: PrecomputeParams, dataset: DatasetManifest) -> dict[str, CachedCondition]:
+    """What is cached of each condition: those of the data set, and those computed from the image."""
+    channels = {name: condition.channels for name, condition in dataset.conditions.items()}
+    channels |= dict.fromkeys(params.derived_conditions, 1)
+    shape = (params.resolution, params.resolution)
+    return {name: CachedCondition(kind="pixels", shape=(number, *shape)) for name, number in sorted(channels.items())}
+
+
+def _condition_pixels(
+    params: PrecomputeParams, seed: int, rows: list[dict], name: str, condition: CachedCondition
+) -> np.ndarray:
+    """One condition of each row, uint8 [len(rows), channels, resolution, resolution], cropped as its image is."""
+    if name in params.derived_conditions:
+        pixels = _pixels(params, seed, rows)
+        return np.stack([canny_edges(image, seed, row["id"]) for image, row in zip(pixels, rows, strict=True)])
+    crop = (params.resolution, params.center_crop, seed)
+    return np.stack([condition_pixels(row, name, condition.shape[0], *crop) for row in rows])
 
 
 def _encode_shard(

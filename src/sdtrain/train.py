@@ -18,6 +18,11 @@ from sdtrain.training.selection import Candidate, ranked
 from sdtrain.training.step import optimizer_step
 from sdtrain.training.validation import validate
 
+_ADVICE = (
+    "Look at its images before you use it. Usual causes: train.lr is too low, the run is too short, or the data's "
+    "captions or conditions don't belong to their images."
+)
+
 
 def train(params: Params, files: TrainFiles) -> None:
     """Train the method on the cached latents, resuming from the run's last saved state where there is one.
@@ -61,8 +66,11 @@ def train(params: Params, files: TrainFiles) -> None:
 def validate_and_keep(run: Run, step: int) -> None:
     """Validate after `step` steps, and keep the checkpoint if it is one of the best."""
     trainer = run.trainer
-    losses, images = validate(trainer, run.held_out, run.trackers.show_images)
-    run.trackers.validation_row(run.curves.add_validation(step, run.held_out.timesteps.tolist(), losses), images)
+    found = validate(trainer, run.held_out, run.trackers.show_images)
+    row = run.curves.add_validation(step, run.held_out.timesteps.tolist(), found.losses, found.gaps)
+    run.trackers.validation_row(row, found.images)
+    for sentence in run.curves.unused_conditions():
+        trainer.accelerator.print(f"step {step}: {sentence}")
     loss = run.curves.validation_losses(step)["raw" if trainer.ema is None else "ema"]
     best = ranked(run.best, Candidate(step=step, loss=loss), run.spec.params.train.num_best_checkpoints)
     if best != run.best:
@@ -115,6 +123,8 @@ def write_outs(run: Run, step: int) -> None:
         save_checkpoint(folder / "last", run.trainer.method, run.trainer.ema, run.config(step))
     run.curves.write(files.train_curve, files.speed_curve, files.validation_curve)
     write_json(files.metrics, summary(run, step))
+    if sentences := run.curves.unused_conditions():
+        print("\n".join(["WARNING: this training may have done nothing:", *sentences, _ADVICE]), file=sys.stderr)
 
 
 def summary(run: Run, step: int) -> dict:

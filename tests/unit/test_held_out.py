@@ -1,11 +1,14 @@
 """Which images the held-out loss asks about."""
 
+from sdtrain.data.shards import LatentShards
 from sdtrain.evaluation.held_out import HeldOut
 from sdtrain.ground.randomness import generator
 
 
 class Shards:
     """Ten class folders of 48 held-out images, in the order of their paths."""
+
+    chosen = LatentShards.chosen
 
     def __init__(self) -> None:
         rng = generator(0, "test ids")

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
+from PIL import Image
 
 from sdtrain.card.recorded import Model, read_model
 from sdtrain.card.results import results
@@ -43,13 +44,14 @@ def write_card(
         InputError: an input is missing or broken; names the file, and the stage that writes it.
     """
     found, grid = read_model(model, base), _find_grid(samples)
+    shown = sample if sample.num_held_out is None else sample.model_copy(update={"prompts": _read_captions(grid)})
     sections = [
         f"---\n{_front_matter(found).to_yaml()}\n---",
         _title(found),
-        _images(sample, seed, grid.name),
+        _images(shown, seed, grid.name),
         results(evaluate, metrics, accuracy_table),
         _training(found),
-        usage(found, sample, seed),
+        usage(found, shown, seed),
         _reproduction(found, sample, evaluate),
         _license(found),
     ]
@@ -71,10 +73,19 @@ def _find_grid(samples: Path) -> Path:
     return grid
 
 
+def _read_captions(grid: Path) -> list[str]:
+    """The captions of the grid's rows, which the stage `sample` wrote into the file."""
+    with Image.open(grid) as image:
+        text = image.info.get("captions")
+    if text is None:
+        raise InputError(f"{grid}: has no captions, as sample.num_held_out wants; run `dvc repro sample`")
+    return json.loads(text)
+
+
 def _front_matter(model: Model) -> ModelCardData:
     """The card's YAML header, without a licence: that is the user's to choose."""
     source, dataset = model.unet_source, model.config.params.dataset
-    relation = "finetune" if model.files.lora is None else "adapter"
+    relation = "finetune" if model.files.lora is None and model.files.controlnet is None else "adapter"
     # On one line, because PyYAML writes some line breaks (U+0085) so that they are read as spaces.
     base_model = one_line(source.repo) if source and source.repo else None
     return ModelCardData(
@@ -95,6 +106,10 @@ def _title(model: Model) -> str:
         "finetune": ("Fine-tuned Stable Diffusion", "All weights of the UNet were fine-tuned."),
         "from scratch": ("Stable Diffusion, its UNet trained from scratch", "A UNet was trained from scratch."),
         "lora": ("LoRA for Stable Diffusion", "A LoRA (low-rank adapter) of the UNet was trained."),
+        "controlnet": (
+            "ControlNet for Stable Diffusion",
+            "A ControlNet was trained, which makes images follow a hint; the UNet stayed as it was.",
+        ),
         "dora": (
             "Stable Diffusion with a merged DoRA",
             "A DoRA (weight-decomposed low-rank adapter) of the UNet was trained.",
@@ -107,10 +122,12 @@ def _images(sample: SampleParams, seed: int, grid: str) -> str:
     num = sample.images_per_prompt
     images = f"one image per prompt, seed {seed}" if num == 1 else f"{num} per prompt, seeds {seed} to {seed + num - 1}"
     negative = f", negative prompt {code_span(sample.negative_prompt)}" if sample.negative_prompt else ""
+    conditions = "Held-out captions and conditions, of which the base sees the captions alone. "
+    conditions = "" if sample.num_held_out is None else conditions
     rows = "\n".join(f"{row}. {code_span(prompt)}" for row, prompt in enumerate(sample.prompts, start=1))
     return (
         f"![Grid of images: base left, trained right]({grid})\n\n"
-        f"Left the base, right the trained model, with the same prompts and seeds: {images}; "
+        f"{conditions}Left the base, right the trained model, with the same prompts and seeds: {images}; "
         f"DPM-Solver++, {sample.num_inference_steps} steps, guidance scale {sample.guidance_scale:g}{negative}. "
         f"The rows, from the top:\n\n{rows}"
     )

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json
-from sdtrain.ground.layout import ADAPTER_FILE, MERGED
+from sdtrain.ground.layout import ADAPTER_FILE, CONTROLNET_FILE, MERGED
 from sdtrain.ground.manifests import BaseManifest
 from sdtrain.params.schema import ExportParams, Params
 
@@ -75,6 +75,8 @@ class Files:
     """The Diffusers folder `merged/`, likewise."""
     lora: float | None
     """The LoRA in Diffusers' layout, likewise."""
+    controlnet: float | None
+    """The ControlNet in Diffusers' layout, likewise."""
     single: dict[str, float]
     """Files for other programs, by name."""
 
@@ -165,10 +167,12 @@ def _find_files(folder: Path, name: str) -> Files:
         pipeline=pipeline(folder),
         merged=pipeline(folder / MERGED),
         lora=weights.pop(ADAPTER_FILE, None),
+        controlnet=weights.pop(CONTROLNET_FILE, None),
         single={single: weights[single] for single in singles if single in weights},
     )
-    if (found.pipeline, found.merged, found.lora) == (None, None, None):
-        raise InputError(f"{folder}: has no model_index.json, {ADAPTER_FILE} or {MERGED}/; run `dvc repro export`")
+    if (found.pipeline, found.merged, found.lora, found.controlnet) == (None,) * 4:
+        kinds = f"model_index.json, {ADAPTER_FILE}, {CONTROLNET_FILE} or {MERGED}/"
+        raise InputError(f"{folder}: has no {kinds}; run `dvc repro export`")
     return found
 
 

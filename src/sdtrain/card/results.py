@@ -44,8 +44,10 @@ def results(evaluate: EvaluateParams, metrics: Path, accuracy_table: Path) -> st
             continue
         if found := re.fullmatch(r"([a-z0-9]+)_([a-z0-9_]+)_accuracy", stem):
             kind, field = found.groups()
-            label = f"{field.replace('_', ' ')}, {kind} concepts"
+            label = f"{field.replace('_', ' ')}, {'empty prompt' if kind == 'empty' else f'{kind} concepts'}"
             rows.append(_accuracy_row(stem, label, numbers, accuracies, metrics))
+        elif found := re.fullmatch(r"([a-z]+)_gap", stem):
+            rows.append(_gap_row(found[1], numbers, metrics))
         else:
             rows.append((stem.replace("_", " "), *(f"{numbers[f'{stem}_{m}']:.4g}" for m in ("base", "trained")), ""))
     table = [("", "base", "trained", "N"), ("---",) * 4, *rows]
@@ -81,6 +83,19 @@ def _loss_rows(numbers: dict[str, float], evaluate: EvaluateParams, metrics: Pat
     ]
 
 
+def _gap_row(condition: str, numbers: dict[str, float], metrics: Path) -> tuple[str, ...]:
+    """The condition-use gap."""
+    bounds = [f"{condition}_gap_trained_ci_{side}" for side in ("low", "high")]
+    missing = [name for name in bounds if name not in numbers]
+    if missing:
+        raise InputError(f"{metrics}: has no {missing[0]}; run `dvc repro {_STAGE}`")
+    base, trained, low, high = (
+        f"{numbers[n]:.4g}" for n in (f"{condition}_gap_base", f"{condition}_gap_trained", *bounds)
+    )
+    label = f"its rise with another image's {'caption' if condition == 'text' else condition}"
+    return label, base, f"{trained} ({low} to {high})", f"{numbers['num_held_out']:.0f} images"
+
+
 def _accuracy_row(
     stem: str, label: str, numbers: dict[str, float], accuracies: dict[str, _Accuracy], metrics: Path
 ) -> tuple[str, ...]:
@@ -102,6 +117,12 @@ def _notes(evaluate: EvaluateParams, numbers: dict[str, float], has_accuracies: 
         "The held-out loss is the squared error of the implied noise ε on images that weren't trained on, at fixed "
         "timesteps and with fixed noise."
     )
+    notes.append("Its rise with another image's condition shows how much the model uses that condition.")
+    if any(name.endswith("_hint_accuracy_trained") for name in numbers):
+        notes.append(
+            "The rows “hint” are the mean intersection over union of the drawn object with the one that the hint "
+            "outlines, which the base doesn't see."
+        )
     if has_accuracies:
         notes.append(
             "The other rows are shares of images that show what their prompt says, measured on the pixels "

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 from sdtrain.card.recorded import Model
-from sdtrain.ground.layout import ADAPTER_FILE, MERGED
+from sdtrain.ground.layout import ADAPTER_FILE, CONTROLNET, CONTROLNET_FILE, MERGED
 from sdtrain.ground.markdown import code_block, code_span, one_line
 from sdtrain.params.schema import SampleParams
 
@@ -29,6 +29,12 @@ def usage(model: Model, sample: SampleParams, seed: int) -> str:
             f"With Diffusers, the LoRA ({code_span(ADAPTER_FILE)}, {files.lora:.1f} MiB) on its base:",
             code_block("python", _lora_snippet(model, sample, seed)),
         ]
+    if files.controlnet is not None:
+        blocks += [
+            f"With Diffusers, the ControlNet ({code_span(CONTROLNET_FILE)}, {files.controlnet:.1f} MiB) with its base; "
+            f"the hint {code_span('hint.png')} is as large as the image to draw:",
+            code_block("python", _controlnet_snippet(model, sample, seed)),
+        ]
     if files.pipeline is not None:
         blocks += [
             f"With Diffusers, the whole model ({files.pipeline:.1f} MiB):",
@@ -43,31 +49,57 @@ def usage(model: Model, sample: SampleParams, seed: int) -> str:
         lines = [f"- {code_span(name)} ({size:.1f} MiB){_place(model, name)}" for name, size in files.single.items()]
         blocks += ["In one file:", "\n".join(lines)]
         blocks += _size_warning(model) or _v_prediction(model)
-    blocks += ["With sdtrain, in the project's folder:", code_block("sh", _generate(files.folder, sample))]
+    hint = " --hint hint.png" if files.controlnet is not None else ""
+    blocks += ["With sdtrain, in the project's folder:", code_block("sh", _generate(files.folder, sample) + hint)]
     return "\n\n".join(blocks)
 
 
 def _lora_snippet(model: Model, sample: SampleParams, seed: int) -> str:
-    params, (first, *more) = model.config.params, model.sources
-    start = repr(model.base.as_posix())  # put together from several sources, or from scratch: nobody else has it
-    if not more and first.repo is not None:
-        start = f"{first.repo!r}, revision={first.commit!r}"
-    elif not more and first.path is not None:
-        start = repr(first.path)
-    schedule = ["pipeline.scheduler.config", f"prediction_type={params.train.prediction_type!r}"]
-    if params.train.zero_terminal_snr:  # the base's config doesn't say so, nor that it is sampled from the last step on
-        schedule += ["rescale_betas_zero_snr=True", "timestep_spacing='trailing'"]
     lines = [
         "from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline",
         "",
-        f"pipeline = StableDiffusionPipeline.from_pretrained({start}, dtype=torch.float32)",
+        f"pipeline = StableDiffusionPipeline.from_pretrained({_base(model)}, dtype=torch.float32)",
         f"pipeline.load_lora_weights({model.files.folder.as_posix()!r}, weight_name={ADAPTER_FILE!r})",
+        *_set_scheduler(model),
+    ]
+    size = model.config.params.precompute.resolution
+    return "\n".join(["import torch", *lines, *_call(sample, seed, f"height={size}, width={size},")])
+
+
+def _controlnet_snippet(model: Model, sample: SampleParams, seed: int) -> str:
+    lines = [
+        "from diffusers import ControlNetModel, DPMSolverMultistepScheduler, StableDiffusionControlNetPipeline",
+        "from diffusers.utils import load_image",
+        "",
+        f"controlnet = ControlNetModel.from_pretrained({model.files.folder.as_posix()!r}, dtype=torch.float32)",
+        "pipeline = StableDiffusionControlNetPipeline.from_pretrained(",
+        f"    {_base(model)}, controlnet=controlnet, dtype=torch.float32",
+        ")",
+        *_set_scheduler(model),
+    ]
+    return "\n".join(["import torch", *lines, *_call(sample, seed, "image=load_image('hint.png'),")])
+
+
+def _base(model: Model) -> str:
+    """Arguments that load the base: put together from several sources, or from scratch, nobody else has it."""
+    sources = [source for source in model.sources if source.parts != [CONTROLNET]]  # which is trained further
+    if len(sources) == 1 and sources[0].repo is not None:
+        return f"{sources[0].repo!r}, revision={sources[0].commit!r}"
+    if len(sources) == 1 and sources[0].path is not None:
+        return repr(sources[0].path)
+    return repr(model.base.as_posix())
+
+
+def _set_scheduler(model: Model) -> list[str]:
+    train = model.config.params.train
+    schedule = ["pipeline.scheduler.config", f"prediction_type={train.prediction_type!r}"]
+    if train.zero_terminal_snr:  # the base's config doesn't say so, nor that it is sampled from the last step on
+        schedule += ["rescale_betas_zero_snr=True", "timestep_spacing='trailing'"]
+    return [
         "pipeline.scheduler = DPMSolverMultistepScheduler.from_config(",
         *(f"    {argument}," for argument in schedule),
         ")",
     ]
-    size = params.precompute.resolution
-    return "\n".join(["import torch", *lines, *_call(sample, seed, f"height={size}, width={size},")])
 
 
 def _pipeline_snippet(folder: Path, sample: SampleParams, seed: int) -> str:
@@ -90,6 +122,11 @@ def _call(sample: SampleParams, seed: int, *more: str) -> list[str]:
 
 def _place(model: Model, name: str) -> str:
     """Where ComfyUI and A1111 look for a single file."""
+    if model.files.controlnet is not None:
+        return (
+            ", the ControlNet, to be used with its base: for ComfyUI in `models/controlnet/`, for A1111's extension "
+            "sd-webui-controlnet in `models/ControlNet/`, without a preprocessor where the image is a hint already"
+        )
     if _is_adapter(model, name):
         in_prompt = code_span(f"<lora:{model.config.export.name}:1>")
         return (

@@ -5,9 +5,11 @@
 
 `data/latents/`: `{split}-{n:05}.safetensors` with, for N images, `mean` and `logvar` of the VAE's
 posterior before scaling, float16 [N, C, h, w], the same for the flipped image (`mean_flipped`,
-`logvar_flipped`) where it is cached, and `input_ids` int64 [N, L]; the images' ids are a JSON list
-under the key `ids` of the file's metadata. `probe.safetensors` holds the `pixels` that the VAE got for
-the first held-out images, float32 [up to 4, 3, H, W]: training encodes them again to check its VAE.
+`logvar_flipped`) where it is cached, and `input_ids` int64 [N, L]; further columns as `conditions` of
+`manifest.json` lists them, e.g. `hint` uint8 [N, 1 or 3, H, W]. The images' ids, and in held-out shards their
+captions, are JSON lists under the keys `ids` and `captions` of the file's metadata. `probe.safetensors` holds the
+`pixels` that the VAE got for the first held-out images, float32 [up to 4, 3, H, W]: training encodes them again to
+check its VAE.
 `manifest.json` has each shard's SHA-256.
 
 `split` is `train` or `validation`.
@@ -17,7 +19,7 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,10 +27,12 @@ from typing import TYPE_CHECKING, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sdtrain.ground import randomness
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.manifests import DatasetManifest, DatasetSplit, LatentsManifest
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 SPLITS = ("train", "validation")
@@ -116,7 +120,7 @@ class LatentShards:
     """
 
     def __init__(self, folder: Path, split: str, encoders_fingerprint: str) -> None:
-        self.folder, self.manifest = folder, LatentsManifest.read(folder)
+        self.folder, self.manifest, self._split = folder, LatentsManifest.read(folder), split
         if self.manifest.encoders_fingerprint != encoders_fingerprint:
             raise InputError(
                 f"{folder} was encoded by another base model (its VAE and tokenizer: "
@@ -134,13 +138,15 @@ class LatentShards:
     def _check(self, path: Path, file, num_rows: int) -> None:
         latents = [name + suffix for suffix in ("", "_flipped")[: 1 + self.has_flipped] for name in ("mean", "logvar")]
         expected = {name: [num_rows, *self.manifest.shape] for name in latents}
+        expected |= {name: [num_rows, *condition.shape] for name, condition in self.manifest.conditions.items()}
         found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         for name, shape in {**expected, "input_ids": [num_rows, *found.get("input_ids", [0, 0])[1:]]}.items():
             if found.get(name) != shape:
                 says = f"has shape {found[name]}" if name in found else "is missing"
                 raise InputError(f"{path}: tensor {name} {says}, expected {shape} by manifest.json; {_AGAIN}")
-        if "ids" not in (file.metadata() or {}):
-            raise InputError(f"{path}: the images' ids are missing; {_AGAIN}")
+        for name in ("ids",) if self._split == "train" else ("ids", "captions"):
+            if name not in (file.metadata() or {}):
+                raise InputError(f"{path}: the images' {name} are missing; {_AGAIN}")
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -149,6 +155,16 @@ class LatentShards:
     def ids(self) -> list[str]:
         """The images' ids, in order."""
         return [name for file in self._files for name in json.loads(file.metadata()["ids"])]
+
+    @property
+    def captions(self) -> list[str]:
+        """The held-out images' captions, in order."""
+        return [text for file in self._files for text in json.loads(file.metadata()["captions"])]
+
+    def chosen(self, num: int) -> list[int]:
+        """Up to `num` rows, by a hash of their ids, because a split's order is often by class; more keep the fewer."""
+        ids = self.ids
+        return sorted(range(len(ids)), key=lambda row: randomness.hash64(ids[row]))[:num]
 
     def check_columns(self, columns: dict[str, "Column"]) -> None:
         """Check that the cache holds these columns, and their flips where it holds the images', in these shapes.
@@ -164,6 +180,7 @@ class LatentShards:
                         f"{', '.join(sorted(self._columns))}; run `dvc repro precompute` with the method's params"
                     )
                 found = tuple(self._files[0].get_slice(stored).get_shape()[1:])
+                found = (3, *found[1:]) if self._are_pixels(name) else found
                 if found != column.shape:
                     raise InputError(
                         f"{self.folder}: a row of column {stored!r} has shape {found}, the training method needs "
@@ -174,7 +191,7 @@ class LatentShards:
         """The columns `names` of row `index`, floats as float32: e.g. `mean` [C, h, w], `input_ids` [L].
 
         Args:
-            flipped: read the flipped image's encoding from the columns that have one.
+            flipped: read the flipped image's encoding from the columns that have one; pixels are mirrored.
         """
         shard = bisect.bisect_right(self._starts, index) - 1
         row, found = index - self._starts[shard], {}
@@ -182,8 +199,26 @@ class LatentShards:
             flipped_name = f"{name}_flipped"
             stored = flipped_name if flipped and flipped_name in self._columns else name
             tensor = self._files[shard].get_slice(stored)[row]
+            if self._are_pixels(name):
+                tensor = (tensor.flip(-1) if flipped else tensor).expand(3, -1, -1)
             found[name] = tensor.float() if tensor.is_floating_point() else tensor
         return found
+
+    def _are_pixels(self, name: str) -> bool:
+        condition = self.manifest.conditions.get(name)
+        return condition is not None and condition.kind == "pixels"
+
+
+def held_out_pictures(
+    shards: LatentShards, names: Sequence[str], num: int
+) -> "tuple[list[str], dict[str, list[Image.Image]]]":
+    """Captions of up to `num` held-out images, and their conditions `names`, cached as pixels, as images."""
+    from PIL import Image
+
+    rows, captions = shards.chosen(num), shards.captions
+    read = [shards.read(row, *names) for row in rows]
+    images = {name: [Image.fromarray(row[name].permute(1, 2, 0).numpy()) for row in read] for name in names}
+    return [captions[row] for row in rows], images
 
 
 def read_probe(folder: Path) -> "Tensor":

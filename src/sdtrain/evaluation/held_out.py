@@ -5,6 +5,9 @@ on (image, bin) alone. So two models, or two steps of one, see identical inputs,
 timesteps, which causes most of a training loss's noise, doesn't hide their difference. The loss is
 the squared error of the implied noise ε, whatever the UNet predicts, so that runs with different
 `prediction_type` can be compared. Runs with different noise schedules can't: each uses its own.
+
+The same loss with one condition taken from other images tells whether the model uses that condition: if it ignores it,
+the loss stays as it is. The rise is the *condition-use gap*.
 """
 
 import torch
@@ -17,6 +20,9 @@ from sdtrain.ground import randomness
 from sdtrain.ground.diffusion import add_noise, mid_bin_timesteps, to_epsilon
 from sdtrain.methods.method import Method
 
+TEXT = "text"
+"""The caption as a condition."""
+
 
 class HeldOut:
     """Held-out images, noised the same way at every call of `losses`.
@@ -24,8 +30,7 @@ class HeldOut:
     Args:
         num_train_timesteps: T of the noise schedule.
         num_timesteps: number of bins, and of noised versions of each image.
-        max_samples: images used, chosen by a hash of their ids, because the split's order is often by class;
-            a larger number keeps a smaller one's images.
+        max_samples: images used, as `LatentShards.chosen` picks them.
         batch_size: noised latents per call of the denoiser.
     """
 
@@ -40,19 +45,23 @@ class HeldOut:
         batch_size: int,
     ) -> None:
         ids = shards.ids
-        self._rows = sorted(sorted(range(len(ids)), key=lambda row: randomness.hash64(ids[row]))[:max_samples])
+        self._rows = sorted(shards.chosen(max_samples))
         self.ids = [ids[row] for row in self._rows]
         self.num_samples = len(self.ids)
         self.timesteps = mid_bin_timesteps(num_timesteps, num_train_timesteps)
-        self._shards, self._scaling_factor, self._batch_size = shards, scaling_factor, batch_size
+        self.shards, self._scaling_factor, self._batch_size = shards, scaling_factor, batch_size
+        self._donors: dict[str, list[int]] = {}
 
     @torch.no_grad()
-    def losses(self, method: Method, scheduler: SchedulerMixin, part: tuple[int, int] = (0, 1)) -> Tensor:
+    def losses(
+        self, method: Method, scheduler: SchedulerMixin, part: tuple[int, int] = (0, 1), swapped: str | None = None
+    ) -> Tensor:
         """Squared error of ε, float32 [num_samples, num_timesteps] on the method's device. Changes no random state.
 
         Args:
             scheduler: the noise schedule and prediction type that the weights were trained with.
             part: (k, n) computes every n-th row from the k-th on and leaves the others 0, for n processes to sum.
+            swapped: of `conditions_of(method)`, the one that each image takes from another.
         """
         model, num_bins = method.trained, len(self.timesteps)
         device = next(model.parameters()).device
@@ -64,7 +73,7 @@ class HeldOut:
         mine = range(part[0], len(pairs), part[1])
         for start in range(0, len(mine), self._batch_size):
             places = list(mine[start : start + self._batch_size])
-            batch = self._batch([pairs[place] for place in places], tuple(method.columns), device)
+            batch = self._batch([pairs[place] for place in places], tuple(method.columns), swapped, device)
             noisy_latents = add_noise(batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
             model_pred = method.predict(model, noisy_latents, batch.timesteps, batch).float()
             epsilon = to_epsilon(model_pred, noisy_latents, batch.timesteps, alphas_cumprod, prediction_type)
@@ -72,20 +81,57 @@ class HeldOut:
         model.train(was_training)
         return losses.view(self.num_samples, num_bins)
 
-    def _batch(self, pairs: list[tuple[int, int]], columns: tuple[str, ...], device: torch.device) -> Batch:
+    def differs(self, condition: str) -> bool:
+        """Whether the images differ in a condition, so that it can be swapped."""
+        return self._donors_of(condition) != self._rows
+
+    def _batch(
+        self, pairs: list[tuple[int, int]], columns: tuple[str, ...], swapped: str | None, device: torch.device
+    ) -> Batch:
         """The rows of (sample, bin) `pairs`, with the posterior's mean as the latent."""
-        rows = [self._shards.read(self._rows[sample], "mean", "input_ids", *columns) for sample, _ in pairs]
+        rows = [self._row(sample, columns, swapped) for sample, _ in pairs]
         cached = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
         latents = cached["mean"] * self._scaling_factor
         noise = torch.stack([self._noise(sample, bin, latents.shape[1:]) for sample, bin in pairs]).to(device)
         timesteps = self.timesteps[[bin for _, bin in pairs]].to(device)
         extra = {name: cached[name] for name in columns}
-        seeds = [
-            randomness.integer(0, "held-out method's own", randomness.hash64(self.ids[sample]), bin)
-            for sample, bin in pairs
-        ]
+        seeds = [randomness.integer(0, "held-out method's own", self._place(sample), bin) for sample, bin in pairs]
         return Batch(latents, noise, noise, timesteps, cached["input_ids"], seeds, extra)
 
+    def _row(self, sample: int, columns: tuple[str, ...], swapped: str | None) -> dict[str, Tensor]:
+        row = self.shards.read(self._rows[sample], "mean", "input_ids", *columns)
+        if swapped is not None:
+            row |= self.shards.read(self._donors_of(swapped)[sample], _column(swapped))
+        return row
+
+    def _donors_of(self, condition: str) -> list[int]:
+        """For each sample the row of the next one whose condition is another; its own if all are the same."""
+        if condition not in self._donors:
+            self._donors[condition] = self._find_donors(_column(condition))
+        return self._donors[condition]
+
+    def _find_donors(self, column: str) -> list[int]:
+        values = [self.shards.read(row, column)[column].numpy().tobytes() for row in self._rows]
+        if len(set(values)) < 2:
+            return self._rows
+        donors = []
+        for sample, value in enumerate(values):
+            others = (place % self.num_samples for place in range(sample + 1, sample + self.num_samples))
+            donors.append(self._rows[next(place for place in others if values[place] != value)])
+        return donors
+
+    def _place(self, sample: int) -> int:
+        return randomness.hash64(self.ids[sample])
+
     def _noise(self, sample: int, bin: int, shape: torch.Size) -> Tensor:
-        place = randomness.hash64(self.ids[sample])
-        return torch.from_numpy(randomness.normal(0, "held-out noise", place, bin, shape=tuple(shape)))
+        return torch.from_numpy(randomness.normal(0, "held-out noise", self._place(sample), bin, shape=tuple(shape)))
+
+
+def conditions_of(method: Method) -> tuple[str, ...]:
+    """Everything whose use a model's held-out loss can show: the caption (`text`), and the method's own conditions."""
+    return TEXT, *method.conditions
+
+
+def _column(condition: str) -> str:
+    """The column of the cache that holds it."""
+    return "input_ids" if condition == TEXT else condition

@@ -1,57 +1,123 @@
-"""Prompt accuracy: the share of generated images that show what their prompt says, measured by arithmetic."""
+"""Prompt accuracy: the share of generated images that show what their prompt says, measured by arithmetic.
 
-from dataclasses import asdict
+And hint accuracy, for models that see a hint: how well the object lies where the hint says.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from sdtrain.data import scenes
+from sdtrain.data.edges import canny_edges
 from sdtrain.ground import randomness
-from sdtrain.ground.statistics import wilson_interval
-from sdtrain.models.pipelines import generate
+from sdtrain.ground.statistics import bootstrap_interval, wilson_interval
+from sdtrain.models.pipelines import Conditions, generate
 from sdtrain.params.schema import EvaluateParams
 
 _FIELDS = ("color", "shape", "style", "size", "position", "background")
 
 
-def prompt_accuracy(params: EvaluateParams, seed: int, pipelines: dict[str, DiffusionPipeline]) -> list[dict]:
-    """Share of images that show what the prompt says, by field.
+@dataclass(frozen=True)
+class World:
+    """The generated scenes that a model was trained on."""
 
-    Of prompts with new concepts, colour is counted where the object's colour is new, shape where
-    the shape is, style where the style is: what the base has never seen. For known prompts all fields count.
+    free: bool
+    """Of any size and at any place, of which captions say nothing."""
+    has_new: bool
+    """Whether they show concepts that the built-in base has never seen."""
+    hint: str | None = None
+    """`outline` or `canny` edges, if the trained model sees one of these."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A scene to draw."""
+
+    prompt: str
+    scene: scenes.Scene
+    placement: scenes.Placement
+    seed: int
+
+    def hint(self, kind: str) -> Image.Image:
+        """The model's hint, RGB."""
+        if kind == "outline":
+            return scenes.outline(self.scene, self.placement).convert("RGB")
+        pixels = np.asarray(scenes.render(self.scene, self.placement), dtype=np.float32).transpose(2, 0, 1)
+        edges = canny_edges(pixels / 127.5 - 1, self.seed, self.prompt)
+        return Image.fromarray(edges[0]).convert("RGB")
+
+
+def prompt_accuracy(
+    params: EvaluateParams, seed: int, pipelines: dict[str, DiffusionPipeline], world: World
+) -> list[dict]:
+    """Share of images that show what the prompt says, by field; with hints also hint accuracy, the field `hint`.
+
+    Of prompts with `new` concepts, colour is counted where the object's colour is new, shape where the shape is, style
+    where the style is: what the base has never seen. For `known` prompts all fields that they name count. `empty`
+    prompts leave all to the hint. Hint accuracy is the mean intersection over union of the object's mask with the one
+    that the hint outlines.
     """
+    kinds = [*(["new"] if world.has_new else []), "known", *(["empty"] if world.hint else [])]
     rows = []
-    for kind in ("new", "known"):
-        rng = randomness.generator(seed, f"{kind} prompts")
-        wanted = [scenes.draw_scene(rng, new=kind == "new", known_background=True) for _ in range(params.num_prompts)]
+    for kind in kinds:
+        questions = _questions(params, seed, kind, world)
         for name, pipeline in pipelines.items():
+            conditions: Conditions = {}
+            if world.hint and name == "trained":
+                conditions["hint"] = [question.hint(world.hint) for question in questions]
             images = generate(
                 pipeline,
-                [scenes.caption(scene) for scene in wanted],
-                [seed + place for place in range(len(wanted))],
+                [question.prompt for question in questions],
+                [question.seed for question in questions],
+                conditions=conditions,
                 num_inference_steps=params.num_inference_steps,
                 guidance_scale=params.guidance_scale,
                 batch_size=params.batch_size,
             )
-            shown = [scenes.measure(image) for image in images]
-            for field in _FIELDS:
-                right = [
-                    found is not None and asdict(found)[field] == asdict(scene)[field]
-                    for scene, found in zip(wanted, shown, strict=True)
-                    if kind == "known" or field not in scenes.NEW or asdict(scene)[field] in scenes.NEW[field]
-                ]
-                if not right:
-                    continue
-                low, high = wilson_interval(sum(right), len(right))
-                rows.append(
-                    {
-                        "prompts": kind,
-                        "field": field,
-                        "model": name,
-                        "accuracy": float(np.mean(right)),
-                        "ci_low": low,
-                        "ci_high": high,
-                        "num": len(right),
-                    }
-                )
+            for field, value, low, high, num in _measured(params, seed, kind, world, questions, images):
+                row = {"prompts": kind, "field": field, "model": name, "accuracy": value}
+                rows.append(row | {"ci_low": low, "ci_high": high, "num": num})
     return rows
+
+
+def _questions(params: EvaluateParams, seed: int, kind: str, world: World) -> list[Question]:
+    rng = randomness.generator(seed, f"{kind} prompts")
+    wanted = [scenes.draw_scene(rng, new=kind == "new", known_background=True) for _ in range(params.num_prompts)]
+    placing = randomness.generator(seed, f"{kind} placements")
+    placements = [scenes.place_freely(placing) if world.free else scenes.place(scene, placing) for scene in wanted]
+    omit = ("size", "position") if world.free else ()
+    prompts = ["" if kind == "empty" else scenes.caption(scene, omit) for scene in wanted]
+    return [
+        Question(prompt, scene, placement, seed + number)
+        for number, (prompt, scene, placement) in enumerate(zip(prompts, wanted, placements, strict=True))
+    ]
+
+
+def _measured(
+    params: EvaluateParams, seed: int, kind: str, world: World, questions: list[Question], images: list[Image.Image]
+) -> Iterator[tuple[str, float, float, float, int]]:
+    """Field, value, 95 % interval and number of images."""
+    shown = [scenes.measure(image) for image in images]
+    for field in _FIELDS:
+        if kind == "empty" or (world.free and field in ("size", "position")):
+            continue
+        right = [
+            found is not None and asdict(found)[field] == asdict(asked.scene)[field]
+            for asked, found in zip(questions, shown, strict=True)
+            if kind == "known" or field not in scenes.NEW or asdict(asked.scene)[field] in scenes.NEW[field]
+        ]
+        if right:
+            yield field, float(np.mean(right)), *wilson_interval(sum(right), len(right)), len(right)
+    if world.hint:
+        overlaps = np.array([_overlap(asked, image) for asked, image in zip(questions, images, strict=True)])
+        rng = randomness.generator(seed, f"{kind} hint bootstrap")
+        yield "hint", float(overlaps.mean()), *bootstrap_interval(overlaps, params.num_bootstrap, rng), len(overlaps)
+
+
+def _overlap(asked: Question, image: Image.Image) -> float:
+    """Intersection over union of the drawn object's mask with the one asked for; 0 if there is no object."""
+    mask = scenes.object_mask(image)
+    return 0.0 if mask is None else scenes.iou(mask, scenes.coverage(asked.scene, asked.placement))

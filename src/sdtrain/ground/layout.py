@@ -1,6 +1,10 @@
-"""Names inside `data/model`, the folder of exports."""
+"""Names inside `data/model`, the folder of exports, and of parts beside those of every Stable Diffusion."""
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """The adapter for Diffusers and PEFT, under Diffusers' own name."""
+CONTROLNET_FILE = "diffusion_pytorch_model.safetensors"
+"""A ControlNet's weights, under Diffusers' own name, beside its `config.json`."""
 MERGED = "merged"
 """Subfolder with base and adapter as one, a Diffusers folder."""
+CONTROLNET = "controlnet"
+"""A ControlNet among the parts of a base or a pipeline, by Diffusers' own name."""

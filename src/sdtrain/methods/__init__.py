@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdtrain.ground.errors import InputError
-from sdtrain.methods import finetune, lora
+from sdtrain.methods import controlnet, finetune, lora
 from sdtrain.methods.exports import full_model_bytes
 from sdtrain.methods.method import Method
 from sdtrain.models.parts import Parts
-from sdtrain.params.schema import ExportParams, FinetuneParams, LoraParams, Section
+from sdtrain.params.schema import ControlNetParams, ExportParams, FinetuneParams, LoraParams, Section
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Kind:
     exported_bytes: Callable[[Any, ExportParams, int, int], int] = full_model_bytes
     """About the size of its exports, from its section, the section `export`, and the numbers of trained and all
     weights."""
+    first_parts: Callable[[Any], tuple[str, ...]] = lambda params: ()
+    """Parts of the base, beyond those of every Stable Diffusion, that its training starts from."""
     libraries: tuple[str, ...] = ()
     """Packages, beyond those that every method uses, on whose arithmetic its weights depend."""
 
@@ -28,6 +30,7 @@ class Kind:
 METHODS = {
     "finetune": Kind(FinetuneParams, finetune.build),
     "lora": Kind(LoraParams, lora.build, lora.exported_bytes, libraries=("peft",)),
+    "controlnet": Kind(ControlNetParams, controlnet.build, controlnet.exported_bytes, controlnet.first_parts),
 }
 """By `method.name`."""
 
@@ -39,6 +42,11 @@ def build_method(params: Section, parts: Parts) -> Method:
     so that what is exported can be compared and evaluated.
     """
     return METHODS[params.name].build(params, parts)
+
+
+def first_parts(params: Section) -> tuple[str, ...]:
+    """`Kind.first_parts` of the section `method`."""
+    return METHODS[params.name].first_parts(params)
 
 
 def recorded_method(tree: dict) -> Section:

@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import check_sealed, new_folder, read_json, seal_folder, write_json
-from sdtrain.methods import build_method, recorded_method
+from sdtrain.methods import build_method, first_parts, recorded_method
 from sdtrain.methods.method import Method, trained_parameters
 from sdtrain.models.ema import averaged
 from sdtrain.models.trained import load_base_of
@@ -73,8 +73,9 @@ def load_checkpoint(folder: Path, weights: str | None, base: Path) -> tuple[Meth
         weights = "ema" if (folder / "ema").exists() else "raw"
     if not (folder / weights).exists():
         raise InputError(f"{folder}: has no {weights} weights; use 'raw', or train with train.use_ema: true")
-    parts, scheduler = load_base_of(folder, base)
-    method = build_method(recorded_method(config["params"]["method"]), parts)
+    params = recorded_method(config["params"]["method"])
+    parts, scheduler = load_base_of(folder, base, first_parts(params))
+    method = build_method(params, parts)
     method.load(folder / weights)
     method.trained.requires_grad_(False).eval()
     return method, scheduler, config

@@ -7,13 +7,14 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdtrain.ground.diffusion import PredictionType
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json
+from sdtrain.ground.layout import CONTROLNET
 
 
 @dataclass
@@ -46,8 +47,12 @@ class Parts:
             module.to(device)
 
 
-def load_parts(folder: Path) -> Parts:
-    """The parts of a base or of an exported model."""
+def load_parts(folder: Path, others: Sequence[str] = ()) -> Parts:
+    """The parts of a base or of an exported model, with these `others` as well.
+
+    Raises:
+        InputError: it doesn't have the others.
+    """
     hide_progress_bars()
     return Parts(
         unet=load_unet(folder / "unet"),
@@ -55,7 +60,23 @@ def load_parts(folder: Path) -> Parts:
         text_encoder=load_text_encoder(folder),
         tokenizer=load_tokenizer(folder),
         scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
+        others=load_others(folder, others),
     )
+
+
+def load_others(folder: Path, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Further parts of a base, by name.
+
+    Raises:
+        InputError: it doesn't have them.
+    """
+    for name in names:
+        if not (folder / name / "config.json").exists():
+            raise InputError(
+                f"{folder} has no {name} to start from; set base.{name}_repo, or base.path to a folder with {name}/, "
+                "then run `dvc repro`"
+            )
+    return {name: _OTHERS[name](folder / name) for name in names}
 
 
 def parts_of(pipeline: DiffusionPipeline) -> Parts:
@@ -119,6 +140,11 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
     return _frozen(UNet2DConditionModel.from_pretrained(folder, dtype=torch.float32))
 
 
+def load_controlnet(folder: Path) -> ControlNetModel:
+    """The ControlNet whose config and weights are in `folder` itself."""
+    return _frozen(ControlNetModel.from_pretrained(folder, dtype=torch.float32))
+
+
 def load_vae(folder: Path) -> AutoencoderKL:
     """The VAE of a model's folder."""
     return _frozen(AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32))
@@ -177,3 +203,6 @@ def hide_progress_bars() -> None:
 
 def _frozen(module):
     return module.requires_grad_(False).eval()
+
+
+_OTHERS = {CONTROLNET: load_controlnet}

@@ -1,27 +1,53 @@
-"""Images from prompts, with stock Diffusers: StableDiffusionPipeline and DPM-Solver++ (Lu et al. 2022)."""
+"""Images from prompts and conditions, with stock Diffusers' pipelines and DPM-Solver++ (Lu et al. 2022)."""
 
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    ControlNetModel,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 
 from sdtrain.ground.errors import InputError
 from sdtrain.models.parts import Parts, hide_progress_bars, pick_device
 
+Conditions = dict[str, list[Image.Image]]
+"""By a condition's name, one image per prompt."""
+_ARGUMENTS = {"hint": "image"}
+"""A condition's name among a pipeline's arguments, where that is another."""
+
 
 def build_pipeline(parts: Parts, scheduler: DDPMScheduler) -> StableDiffusionPipeline:
     """A pipeline of these parts for DPM-Solver++ on the noise schedule that the UNet was trained on."""
-    pipeline = StableDiffusionPipeline(
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        unet=parts.unet,
-        scheduler=DPMSolverMultistepScheduler.from_config(scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return _quiet(StableDiffusionPipeline(**_components(parts, scheduler), requires_safety_checker=False))
+
+
+def build_controlnet_pipeline(
+    parts: Parts, controlnet: ControlNetModel, scheduler: DDPMScheduler
+) -> StableDiffusionControlNetPipeline:
+    """As `build_pipeline`, with a ControlNet."""
+    components = _components(parts, scheduler)
+    return _quiet(StableDiffusionControlNetPipeline(**components, controlnet=controlnet, requires_safety_checker=False))
+
+
+def _components(parts: Parts, scheduler: DDPMScheduler) -> dict:
+    return {
+        "vae": parts.vae,
+        "text_encoder": parts.text_encoder,
+        "tokenizer": parts.tokenizer,
+        "unet": parts.unet,
+        "scheduler": DPMSolverMultistepScheduler.from_config(scheduler.config),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+
+
+def _quiet(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -35,9 +61,17 @@ def load_pipeline(folder: Path) -> DiffusionPipeline:
     if not (folder / "model_index.json").exists():
         raise InputError(f"{folder}: not a Diffusers model (it has no model_index.json)")
     hide_progress_bars()
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(pick_device())
+    return _quiet(DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)).to(pick_device())
+
+
+def takes_hints(pipeline: DiffusionPipeline) -> bool:
+    """Whether its images need a hint."""
+    return isinstance(pipeline, StableDiffusionControlNetPipeline)
+
+
+def drawn_px(pipeline: DiffusionPipeline) -> int:
+    """Side of the squares that it draws."""
+    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
 
 def generate(
@@ -45,6 +79,7 @@ def generate(
     prompts: list[str],
     seeds: list[int],
     *,
+    conditions: Conditions | None = None,
     negative_prompt: str = "",
     num_inference_steps: int,
     guidance_scale: float,
@@ -54,8 +89,12 @@ def generate(
 
     Each image's noise comes from its own seed, so it doesn't depend on the others or on
     `batch_size`, and stock Diffusers draws the same image with `torch.Generator("cpu").manual_seed(seed)`.
+
+    Args:
+        conditions: what the model sees besides each prompt, at the size of the images drawn.
     """
-    assert len(prompts) == len(seeds), f"{len(prompts)} prompts, {len(seeds)} seeds"
+    conditions = conditions or {}
+    assert all(len(given) == len(prompts) for given in (seeds, *conditions.values())), "one of each per prompt"
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     images = []
     for start in range(0, len(prompts), batch_size):
@@ -67,5 +106,6 @@ def generate(
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]],
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
+                **{_ARGUMENTS.get(name, name): given[chunk] for name, given in conditions.items()},
             ).images
     return images

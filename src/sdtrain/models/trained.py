@@ -1,26 +1,35 @@
 """Loads what was trained: a base as it was trained on, and exported models."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    ControlNetModel,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+)
+from safetensors.torch import load_file
 
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json, sha256_json
 from sdtrain.ground.headers import read_metadata
 from sdtrain.ground.layout import ADAPTER_FILE, MERGED
 from sdtrain.ground.manifests import BaseManifest
-from sdtrain.models.parts import Parts, load_parts, pick_device, training_scheduler
-from sdtrain.models.pipelines import build_pipeline, load_pipeline
+from sdtrain.models.parts import Parts, load_controlnet, load_parts, pick_device, training_scheduler
+from sdtrain.models.pipelines import build_controlnet_pipeline, build_pipeline, load_pipeline
 
 
-def load_base_of(folder: Path, base: Path) -> tuple[Parts, DDPMScheduler]:
+def load_base_of(folder: Path, base: Path, others: Sequence[str] = ()) -> tuple[Parts, DDPMScheduler]:
     """The base that the `training_config.json` in `folder` names, at its resolution, and its noise schedule.
 
     Args:
         base: the folder of that base.
+        others: further parts of it.
 
     Raises:
-        InputError: it is another base.
+        InputError: it is another base, or doesn't have the others.
     """
     config = read_json(folder / "training_config.json")
     is_resolved = (base / "manifest.json").exists()
@@ -28,7 +37,7 @@ def load_base_of(folder: Path, base: Path) -> tuple[Parts, DDPMScheduler]:
         raise InputError(
             f"{folder}: was trained on another base than {base}; run `dvc repro`, or use the base's folder"
         )
-    parts = load_parts(base)
+    parts = load_parts(base, others)
     parts.set_resolution(config["params"]["precompute"]["resolution"])
     train = config["params"]["train"]
     return parts, training_scheduler(parts.scheduler, train["prediction_type"], train["zero_terminal_snr"])
@@ -48,17 +57,40 @@ def load_adapted(folder: Path, base: Path, file: str = ADAPTER_FILE) -> StableDi
     return pipeline
 
 
-def load_model(folder: Path, base: Path) -> DiffusionPipeline:
-    """What the stage `export` wrote, on the accelerator if there is one: an adapter on its base, or a full model.
+def load_controlled(folder: Path, base: Path, file: str | None = None) -> StableDiffusionControlNetPipeline:
+    """The base with an exported ControlNet, in fp32 on the CPU.
+
+    Args:
+        file: take the weights from this file in the folder, not from Diffusers' own.
 
     Raises:
-        InputError: there is neither, or the adapter was trained on another base.
+        InputError: it was trained on another base.
     """
-    if has_adapter(folder):
+    controlnet = load_controlnet(folder)
+    if file is not None:
+        controlnet.load_state_dict(load_file(folder / file))
+    parts, scheduler = load_base_of(folder, base)
+    return build_controlnet_pipeline(parts, controlnet, scheduler)
+
+
+def load_model(folder: Path, base: Path) -> DiffusionPipeline:
+    """What the stage `export` wrote, on the accelerator if there is one: what needs its base with it, or a full model.
+
+    Raises:
+        InputError: there is neither, or it was trained on another base.
+    """
+    if (folder / ADAPTER_FILE).exists():
         return load_adapted(folder, base).to(pick_device())
+    if _has_controlnet(folder):
+        return load_controlled(folder, base).to(pick_device())
     return load_pipeline(folder / MERGED if (folder / MERGED).exists() else folder)
 
 
-def has_adapter(folder: Path) -> bool:
-    """Whether an exported model is an adapter, which needs its base."""
-    return (folder / ADAPTER_FILE).exists()
+def needs_base(folder: Path) -> bool:
+    """Whether an exported model is a part of one, to be used with its base."""
+    return (folder / ADAPTER_FILE).exists() or _has_controlnet(folder)
+
+
+def _has_controlnet(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.exists() and read_json(config).get("_class_name") == ControlNetModel.__name__

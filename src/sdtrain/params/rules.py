@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from sdtrain.ground.layout import ADAPTER_FILE
+from sdtrain.ground.layout import ADAPTER_FILE, CONTROLNET_FILE
 from sdtrain.ground.schedules import scaled_lr
 
 NEUTRAL = {
@@ -47,6 +47,8 @@ Null is neutral, too, for every field that may be null, and the only neutral val
 """
 
 
+_CONTROLNET_WORDS = ("shuffle", "instant_id", "instantid")
+"""In a ControlNet's file name these change how ComfyUI and A1111's extension read it."""
 CONDITIONS: dict[str, set[str]] = {"finetune": set(), "lora": set(), "controlnet": {"hint"}}
 """What each method sees besides the caption."""
 
@@ -317,7 +319,7 @@ def _export_has_weights(p: View) -> str | None:
 
 def _not_lora(p: View) -> tuple[str, str] | None:
     if p.method.name != "lora":
-        return f"method.name = {p.method.name!r}, whose model is full already", "method.name to lora"
+        return f"method.name = {p.method.name!r}, which has no adapter to merge", "method.name to lora"
 
 
 def _dora_is_merged(p: View) -> str | None:
@@ -329,15 +331,30 @@ def _dora_is_merged(p: View) -> str | None:
 
 
 def _name_is_free(p: View) -> str | None:
-    reserved = ADAPTER_FILE.removesuffix(".safetensors")
-    if p.method.name == "lora" and p.export.name.casefold().endswith(reserved):
+    """Programs and Diffusers read meaning into some files' names."""
+    name, method = p.export.name.casefold(), p.method.name
+    adapter, taken = ADAPTER_FILE.removesuffix(".safetensors"), CONTROLNET_FILE.removesuffix(".safetensors")
+    if method == "lora" and name.endswith(adapter):
         return (
             f"export.name = {p.export.name!r}: Diffusers would take {p.export.name}.safetensors for {ADAPTER_FILE}, "
             "which is written, too; choose another name"
         )
+    if method == "controlnet" and name == taken:
+        return f"export.name = {p.export.name!r}: {CONTROLNET_FILE} is written, too; choose another name"
+    for word in _CONTROLNET_WORDS:
+        if method == "controlnet" and word in name:
+            return (
+                f"export.name = {p.export.name!r}: ComfyUI and A1111 take a ControlNet with {word!r} in its name for one "
+                "of another kind; choose another name"
+            )
 
 
 def _single_file_is_full(p: View) -> str | None:
+    if p.method.name == "controlnet" and p.export.single_file:
+        return (
+            "export.single_file = True: is for full models; a ControlNet's own file, which ComfyUI and A1111 load, is "
+            "always exported; set it to false"
+        )
     if p.method.name == "lora" and p.export.single_file and not p.export.merged:
         return (
             "export.single_file = True: is for full models, and with export.merged = False only the adapter is "
@@ -354,9 +371,7 @@ def _method_has_its_conditions(p: View) -> str | None:
         )
     for key, given in (("dataset.condition_columns", columns), ("precompute.derived_conditions", derived)):
         if unused := sorted(given.keys() - CONDITIONS[name]):
-            return (
-                f"{key}.{unused[0]} = {given[unused[0]]!r}: method.name = {name!r} sees no {unused[0]}; leave it out"
-            )
+            return f"{key}.{unused[0]} = {given[unused[0]]!r}: method.name = {name!r} sees no {unused[0]}; leave it out"
     if missing := sorted(CONDITIONS[name] - columns.keys() - derived.keys()):
         column = "outline" if p.dataset.source == "generated" else "COLUMN"
         return (
@@ -371,8 +386,8 @@ def _grid_has_rows(p: View) -> str | None:
         return "sample.prompts = []: the grid needs a prompt or more"
     if conditions and p.sample.num_held_out is None:
         return (
-            f"sample.num_held_out = None: with method.name = {p.method.name!r} the grid shows held-out images' captions "
-            "and conditions; give their number"
+            f"sample.num_held_out = None: with method.name = {p.method.name!r} the grid shows held-out captions and "
+            "conditions; give their number"
         )
 
 
@@ -408,7 +423,8 @@ RULES: tuple[Rule, ...] = (
     _source_reads_it("dataset.image_column", "imagefolder", "webdataset", "parquet", "hub"),
     _source_reads_it("dataset.caption_column", "imagefolder", "webdataset", "parquet", "hub"),
     _source_reads_it("dataset.group_column", "imagefolder", "webdataset", "parquet", "hub"),
-    _source_reads_it("dataset.world", "generated"), _source_reads_it("dataset.num_scenes", "generated"), _source_reads_it("dataset.new_fraction", "generated"),
+    _source_reads_it("dataset.world", "generated"), _source_reads_it("dataset.num_scenes", "generated"),
+    _source_reads_it("dataset.new_fraction", "generated"),
     _has_effect("dataset.alpha_background", _generated), _has_effect("precompute.center_crop", _generated),
     _has_effect("evaluate.num_prompts", _not_generated), _has_effect("evaluate.num_inference_steps", _not_generated),
     _has_effect("evaluate.guidance_scale", _not_generated),
@@ -427,7 +443,7 @@ RULES: tuple[Rule, ...] = (
     _constant_has_no_warmup, _warmup_ends, _export_has_weights, _captions_survive_the_flip,
     _has_effect("base.controlnet_repo", _starts_from_unet), _revision_needs_repo("controlnet"),
     _method_has_its_conditions, _grid_has_rows, _prompts_in_words("sample"), _prompts_in_words("validation"),
-    _has_effect("sample.num_held_out", _sees_no_conditions), _has_effect("validation.num_held_out", _sees_no_conditions),
-    _has_effect("validation.num_held_out", _no_trackers),
+    _has_effect("sample.num_held_out", _sees_no_conditions),
+    _has_effect("validation.num_held_out", _sees_no_conditions), _has_effect("validation.num_held_out", _no_trackers),
     _has_effect("export.merged", _not_lora), _dora_is_merged, _single_file_is_full, _name_is_free,
 )  # fmt: skip

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from sdtrain.evaluation.condition_use import unused
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import write_text
 from sdtrain.params.schema import TrainParams
@@ -180,8 +181,11 @@ class Curves:
             "micro_batch_size": self._params.micro_batch_size,
         }
 
-    def add_validation(self, step: int, timesteps: list[int], losses: dict[str, list[float]]) -> dict:
-        """Add the held-out loss at `timesteps` by kind of weights (`raw`, `ema`); returns the row.
+    def add_validation(
+        self, step: int, timesteps: list[int], losses: dict[str, list[float]], gaps: dict[str, float | None]
+    ) -> dict:
+        """Add the held-out loss at `timesteps` by kind of weights (`raw`, `ema`), and the condition-use gap of the last
+        kind by condition; returns the row.
 
         Raises:
             InputError: a loss isn't finite.
@@ -189,6 +193,7 @@ class Curves:
         if not all(math.isfinite(loss) for values in losses.values() for loss in values):
             raise InputError(f"the held-out loss isn't finite at step {step}; {self.last_good}: {_ADVICE}")
         row = {"step": step, **{f"loss_{kind}": math.fsum(values) / len(values) for kind, values in losses.items()}}
+        row |= {f"gap_{condition}": gap for condition, gap in gaps.items()}
         for kind, values in losses.items():
             row |= {f"loss_{kind}_t{t}": loss for t, loss in zip(timesteps, values, strict=True)}
         self.validation_rows.append(row)
@@ -202,6 +207,15 @@ class Curves:
         """The held-out loss after `step` steps, by kind of weights (`raw`, `ema`)."""
         (row,) = (row for row in self.validation_rows if row["step"] == step)
         return {kind: row[f"loss_{kind}"] for kind in ("raw", "ema") if f"loss_{kind}" in row}
+
+    def unused_conditions(self) -> list[str]:
+        """Which conditions the model seems to ignore at the last validation, a sentence each."""
+        base, last = self.validation_rows[0], self.validation_rows[-1]
+        loss, sentences = last.get("loss_ema", last["loss_raw"]), []
+        for name in (name for name in last if name.startswith("gap_")):
+            share = None if base[name] is None else base[name] / base["loss_raw"]
+            sentences.append(unused(name.removeprefix("gap_"), last[name], loss, share))
+        return [sentence for sentence in sentences if sentence]
 
     def restart_clock(self) -> None:
         """Exclude the time so far from the interval's speed: a validation, or a save."""

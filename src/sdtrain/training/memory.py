@@ -152,7 +152,10 @@ def _meta_batch(configs: Configs, method: Method, size: int, latent_shape: tuple
         latents, noise, input_noise = (torch.empty(size, *latent_shape) for _ in range(3))
         timesteps = torch.empty(size, dtype=torch.long)
         input_ids = torch.empty(size, configs.text_encoder["max_position_embeddings"], dtype=torch.long)
-        columns = {name: torch.empty(size, *column.shape) for name, column in method.columns.items()}
+        columns = {
+            name: torch.empty(size, *column.shape, dtype=getattr(torch, column.dtype))
+            for name, column in method.columns.items()
+        }
     return Batch(latents, noise, input_noise, timesteps, input_ids, list(range(size)), columns)
 
 

@@ -15,7 +15,7 @@ from sdtrain.ground.manifests import BaseManifest, LatentsManifest
 from sdtrain.training.memory import Costs, check_memory, estimate_costs
 from sdtrain.training.spec import RunSpec
 from sdtrain.training.trainer import Trainer
-from sdtrain.training.validation import held_out_losses, held_out_shards
+from sdtrain.training.validation import condition_gaps, held_out_losses, held_out_shards
 
 _STD_RANGE = (0.4, 2.5)
 """Of scaled latents: about 1 if scaled once; with SD's factor about 5.5 if unscaled, and 0.18 if scaled twice."""
@@ -51,8 +51,8 @@ def check_run(spec: RunSpec, trainer: Trainer) -> Costs:
     return costs
 
 
-def check_base(spec: RunSpec, trainer: Trainer, held_out: HeldOut) -> list[float]:
-    """Check the base's held-out loss; returns it at each timestep.
+def check_base(spec: RunSpec, trainer: Trainer, held_out: HeldOut) -> tuple[list[float], dict[str, float | None]]:
+    """Check the base's held-out loss; returns it at each timestep, and the base's condition-use gaps.
 
     Raises:
         InputError: as `check_base_loss`.
@@ -64,7 +64,8 @@ def check_base(spec: RunSpec, trainer: Trainer, held_out: HeldOut) -> list[float
     means = {name: sum(values) / len(values) for name, values in losses.items()}
     from_scratch = BaseManifest.read(spec.files.base).is_from_scratch
     check_base_loss(means, base_scheduler.config.prediction_type, from_scratch)
-    return losses[base_scheduler.config.prediction_type]
+    right = losses[base_scheduler.config.prediction_type]
+    return right, condition_gaps(trainer, held_out, base_scheduler, right)
 
 
 def check_tokens(manifest: LatentsManifest, vocabulary_size: int, latents: Path) -> None:

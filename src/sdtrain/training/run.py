@@ -127,10 +127,11 @@ def start_run(params: Params, files: TrainFiles) -> Run:
         run = _open(spec, trainer, held_out, store, head, head.num_updates)
         run.curves.last_good = f"the last good state is {saved}"
     else:
-        base_losses, num_updates = check_base(spec, trainer, held_out), _branch(spec, trainer)
+        base_losses, gaps = check_base(spec, trainer, held_out)
+        num_updates = _branch(spec, trainer)
         run = _open(spec, trainer, held_out, store, None, num_updates)
         kinds = ("raw",) if trainer.ema is None else ("raw", "ema")
-        row = run.curves.add_validation(0, held_out.timesteps.tolist(), dict.fromkeys(kinds, base_losses))
+        row = run.curves.add_validation(0, held_out.timesteps.tolist(), dict.fromkeys(kinds, base_losses), gaps)
         run.trackers.validation_row(row, images=[])
         run.curves.start(run.first_step, weights_norm(trainer).item())
         if accelerator.is_main_process and params.train.resume == "auto" and (why := store.why_none()):

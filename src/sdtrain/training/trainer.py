@@ -14,7 +14,7 @@ from sdtrain.data.shards import LatentShards
 from sdtrain.ground import randomness
 from sdtrain.ground.diffusion import Objective
 from sdtrain.ground.manifests import encoders_fingerprint
-from sdtrain.methods import build_method
+from sdtrain.methods import build_method, first_parts
 from sdtrain.methods.method import Method, enable_gradient_checkpointing, trained_parameters
 from sdtrain.models.ema import build_ema
 from sdtrain.models.parts import Parts, load_parts, tokenize, training_scheduler
@@ -68,7 +68,7 @@ def build_trainer(params: Params, files: TrainFiles, accelerator: Accelerator) -
     check_device(train, device.type)
     num_micro_batches = count_micro_batches(train, accelerator.num_processes)
     shards = LatentShards(files.latents, "train", encoders_fingerprint(files.base))
-    parts = load_parts(files.base)
+    parts = load_parts(files.base, first_parts(params.method))
     scheduler = training_scheduler(parts.scheduler, train.prediction_type, train.zero_terminal_snr)
     parts.set_resolution(params.precompute.resolution)
     torch.manual_seed(randomness.integer(params.seed, "method"))  # for modules that start at random, on the CPU
@@ -79,7 +79,8 @@ def build_trainer(params: Params, files: TrainFiles, accelerator: Accelerator) -
     if train.gradient_checkpointing:
         enable_gradient_checkpointing((parts.unet, method.trained))
     if train.compile:
-        method.trained.compile()
+        for module in dict.fromkeys((method.trained, parts.unet)):
+            module.compile()
     weights = trained_parameters(method)
     model, optimizer = accelerator.prepare(method.trained, build_optimizer(weights.values(), train, device))
     return Trainer(

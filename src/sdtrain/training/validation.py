@@ -1,10 +1,13 @@
 """The held-out loss and the images of a run, by all of its processes."""
 
+import math
+from dataclasses import dataclass
+
 from diffusers import SchedulerMixin
 from PIL import Image
 
-from sdtrain.data.shards import LatentShards
-from sdtrain.evaluation.held_out import HeldOut
+from sdtrain.data.shards import LatentShards, held_out_pictures
+from sdtrain.evaluation.held_out import HeldOut, conditions_of
 from sdtrain.ground.manifests import encoders_fingerprint
 from sdtrain.models.ema import averaged
 from sdtrain.models.pipelines import generate
@@ -35,31 +38,74 @@ def build_held_out(trainer: Trainer, files: TrainFiles) -> HeldOut:
     )
 
 
-def held_out_losses(trainer: Trainer, held_out: HeldOut, scheduler: SchedulerMixin) -> list[float]:
-    """Mean held-out loss at each timestep of the current weights, computed by all processes together."""
+def held_out_losses(
+    trainer: Trainer, held_out: HeldOut, scheduler: SchedulerMixin, swapped: str | None = None
+) -> list[float]:
+    """Mean held-out loss at each timestep of the current weights, computed by all processes together.
+
+    Args:
+        swapped: a condition that each image takes from another.
+    """
     with trainer.accelerator.autocast():
-        losses = held_out.losses(trainer.method, scheduler, trainer.share)
+        losses = held_out.losses(trainer.method, scheduler, trainer.share, swapped)
     return trainer.accelerator.reduce(losses, "sum").mean(dim=0).tolist()
 
 
-def validate(
-    trainer: Trainer, held_out: HeldOut, show_images: bool
-) -> tuple[dict[str, list[float]], list[Image.Image]]:
-    """Held-out loss at each timestep of the `raw` weights and, if kept, the `ema`; images of the latter, if wanted."""
-    validation, images = trainer.params.validation, []
+@dataclass(frozen=True)
+class Validation:
+    """What one validation found."""
+
+    losses: dict[str, list[float]]
+    """Held-out loss at each timestep, by kind of weights: `raw` and, if kept, `ema`."""
+    gaps: dict[str, float | None]
+    """By condition, the condition-use gap of the EMA's weights, else of the raw ones; None if all images share it."""
+    images: list[Image.Image]
+
+
+def validate(trainer: Trainer, held_out: HeldOut, show_images: bool) -> Validation:
+    """Held-out losses, condition-use gaps, and if wanted images of the averaged weights."""
+    images: list[Image.Image] = []
     losses = {"raw": held_out_losses(trainer, held_out, trainer.scheduler)}
     with averaged(trainer.weights.values(), trainer.ema):
         if trainer.ema is not None:
             losses["ema"] = held_out_losses(trainer, held_out, trainer.scheduler)
+        gaps = condition_gaps(trainer, held_out, trainer.scheduler, losses.get("ema", losses["raw"]))
         if show_images:
             trainer.method.trained.eval()
-            images = generate(
-                trainer.method.pipeline(trainer.scheduler),
-                validation.prompts,
-                list(range(len(validation.prompts))),
-                batch_size=validation.batch_size,
-                num_inference_steps=validation.num_inference_steps,
-                guidance_scale=validation.guidance_scale,
-            )
+            images = _draw(trainer, held_out)
             trainer.method.trained.train()
-    return losses, images
+    return Validation(losses, gaps, images)
+
+
+def condition_gaps(
+    trainer: Trainer, held_out: HeldOut, scheduler: SchedulerMixin, right: list[float]
+) -> dict[str, float | None]:
+    """By condition, the rise of the mean held-out loss of the current weights when images swap that condition.
+
+    Args:
+        right: the losses at each timestep without swapping.
+    """
+    gaps: dict[str, float | None] = {}
+    for condition in conditions_of(trainer.method):
+        if held_out.differs(condition):
+            wrong = held_out_losses(trainer, held_out, scheduler, swapped=condition)
+            gaps[condition] = math.fsum(wrong) / len(wrong) - math.fsum(right) / len(right)
+        else:
+            gaps[condition] = None
+    return gaps
+
+
+def _draw(trainer: Trainer, held_out: HeldOut) -> list[Image.Image]:
+    validation = trainer.params.validation
+    prompts, conditions = validation.prompts, {}
+    if validation.num_held_out is not None:
+        prompts, conditions = held_out_pictures(held_out.shards, trainer.method.conditions, validation.num_held_out)
+    return generate(
+        trainer.method.pipeline(trainer.scheduler),
+        prompts,
+        list(range(len(prompts))),
+        conditions=conditions,
+        batch_size=validation.batch_size,
+        num_inference_steps=validation.num_inference_steps,
+        guidance_scale=validation.guidance_scale,
+    )

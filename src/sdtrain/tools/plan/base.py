@@ -7,13 +7,14 @@ from json import JSONDecodeError
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import disable_progress_bars
 
 from sdtrain.ground import hub
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json
+from sdtrain.ground.layout import CONTROLNET
 from sdtrain.models.parts import Configs, meta_parts, read_configs, vae_factor
 from sdtrain.models.sd1 import SD1
 from sdtrain.params.schema import BaseParams
@@ -60,10 +61,16 @@ def base_sources(params: BaseParams) -> dict[str, Source]:
     """By part, as the stage `base` takes them."""
     folder, own_unet = {"path": str(Path(params.path))}, {"unet_config": params.unet_config}
     main = _hub_source(params, "repo") if params.source == "hub" else Source("base.path", folder)
+    others = {}
+    if params.controlnet_repo:
+        others[CONTROLNET] = _hub_source(params, "controlnet_repo")
+    elif params.source == "local" and (Path(params.path) / CONTROLNET / "config.json").exists():
+        others[CONTROLNET] = main
     return {
         "unet": main if params.unet_config is None else Source("base.unet_config", own_unet),
         "vae": _hub_source(params, "vae_repo") if params.vae_repo else main,
         "text_encoder": _hub_source(params, "text_encoder_repo") if params.text_encoder_repo else main,
+        **others,
     }
 
 
@@ -94,6 +101,12 @@ def find_base(params: BaseParams, folder: Path, is_made: bool) -> Base:
     num_parameters = _count_parameters(configs)
     local = {part: _stored_bytes(Path(s.record["path"]) / part) for part, s in sources.items() if "path" in s.record}
     new = {part: 4 * num_parameters[part] for part in PARTS if part not in local}
+    if params.controlnet_repo:
+        with torch.device("meta"):
+            controlnet = ControlNetModel.from_unet(
+                meta_parts(configs, sample_size=64).unet, load_weights_from_unet=False
+            )
+        new[CONTROLNET] = 4 * sum(p.numel() for p in controlnet.parameters())
     return Base(
         configs,
         {part: origins[part] for part in PARTS},

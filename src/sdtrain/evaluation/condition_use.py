@@ -1,0 +1,39 @@
+"""Whether a model uses what it is told: the condition-use gap of `held_out.py`, judged.
+
+A training loss can't tell: a ControlNet that ignores its hints, or a relighting model that ignores the light, draws
+good images all the same.
+"""
+
+from sdtrain.evaluation.held_out import TEXT
+
+USED_SHARE = 0.1
+"""A condition counts as used if the held-out loss rises by this share with another image's."""
+_LEAST_SHARE = 0.002
+"""For captions: the least that counts, above chance in the loss of a model that never sees them."""
+
+
+def unused(condition: str, gap: float | None, loss: float, base_share: float | None) -> str | None:
+    """Why a model seems to ignore a condition, in a sentence; None if it uses it.
+
+    Captions say little about an image that is full of details, so even the base's loss rises by less with wrong ones:
+    there half of the base's own share is enough.
+
+    Args:
+        gap: rise of the held-out loss with other images' conditions; None if all images have the same.
+        loss: the held-out loss.
+        base_share: the base's own gap, as a share of its loss; None if all images have the same.
+    """
+    name = "caption" if condition == TEXT else condition
+    if gap is None:
+        if condition == TEXT:
+            return None
+        return f"all held-out images have the same {name}: there is nothing to learn from it; check the data set's"
+    needed = USED_SHARE
+    if condition == TEXT and base_share is not None:
+        needed = min(needed, max(base_share / 2, _LEAST_SHARE))
+    if gap >= needed * loss:
+        return None
+    return (
+        f"the model hardly uses the {name}: with another image's {name} its held-out loss changes by {gap:+.5f}, "
+        f"{100 * gap / loss:+.1f} % (if it used it, by {100 * needed:.2g} % or more)"
+    )
