@@ -114,7 +114,7 @@ def values_of_fields() -> dict[str, list[str]]:
 def render_world(num: int, rng: np.random.Generator, new_share: float = 0.5) -> tuple[np.ndarray, list[scenes.Scene]]:
     """`num` scenes as uint8 [num, 64, 64, 3], and what they show."""
     drawn = [scenes.draw_scene(rng, new=bool(rng.random() < new_share)) for _ in range(num)]
-    return np.stack([np.asarray(scenes.render(scene, rng)) for scene in drawn]), drawn
+    return np.stack([np.asarray(scenes.render(scene, scenes.place(scene, rng))) for scene in drawn]), drawn
 
 
 def render_collage(rng: np.random.Generator) -> np.ndarray:

@@ -17,13 +17,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from sdtrain.data.conditions import Condition, clean_condition
 from sdtrain.data.images import DAMAGED_EXIF, BadImage, clean_image
 from sdtrain.data.shards import SPLITS, DatasetWriter
 from sdtrain.data.sources import Candidate, open_source
 from sdtrain.ground import randomness
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import PARTIAL, new_folder, sha256_json, write_json
-from sdtrain.ground.manifests import DatasetManifest, DatasetSplit
+from sdtrain.ground.manifests import DatasetCondition, DatasetManifest, DatasetSplit
 from sdtrain.params.schema import DatasetParams
 
 
@@ -36,42 +37,48 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
     """
     with new_folder(out) as folder, _scratch_folder(out) as scratch:
         source = open_source(params, seed, scratch)
-        writers = {split: DatasetWriter(folder, split) for split in SPLITS}
-        outcomes, notes = Counter(), Counter()
+        names = sorted(params.condition_columns)
+        writers = {split: DatasetWriter(folder, split, names) for split in SPLITS}
+        outcomes, notes, num_grey = Counter(), Counter(), Counter()
         # A file's name can be any bytes, not only valid text.
         with (folder / "inputs.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             table = csv.writer(file)
-            table.writerow(["input", "outcome", "reason", "id"])
+            table.writerow(["input", "outcome", "reason", "id", *names])
             num_read = 0
             progress = tqdm(total=len(source.order), desc="dataset", unit="image", disable=None)
             for candidate, row in _checked(map(source.read, source.order), params):
                 num_read += 1
                 progress.update()
+                places = [candidate.conditions[name].name for name in names]
                 if isinstance(row, str):
-                    table.writerow([candidate.name, "dropped", row, ""])
+                    table.writerow([candidate.name, "dropped", row, "", *places])
                     outcomes[row.split(":")[0]] += 1
                     continue
-                # By pixels alone: copies stay in one split, and every seed holds out the same images.
-                held_out = randomness.uniform(0, "split", randomness.hash64(row.pop("pixels_sha256")))
+                # By group, else by pixels alone: copies stay in one split, and every seed holds out the same images.
+                pixels = row.pop("pixels_sha256")
+                together = pixels if candidate.group is None else f"group {candidate.group}"
+                held_out = randomness.uniform(0, "split", randomness.hash64(together))
                 split = "validation" if held_out < params.validation_fraction else "train"
-                note = row.pop("note")
-                if note:
-                    notes[note.split(":")[0]] += 1
+                found_notes, grey = row.pop("notes"), row.pop("grey")
+                notes.update(note.split(":")[0] for note in found_notes)
+                num_grey.update(grey)
                 writers[split].add(row)
-                table.writerow([candidate.name, split, note, row["id"]])
+                table.writerow([candidate.name, split, "; ".join(found_notes), row["id"], *places])
                 if writers["train"].num_rows == params.max_train_samples:
                     break
             unread = [(source.name(index), "beyond max_train_samples") for index in source.order[num_read:]]
             unread += [(name, "not listed in the metadata, hidden, or of an unknown type") for name in source.unlisted]
             for name, reason in unread:
-                table.writerow([name, "dropped", reason, ""])
+                table.writerow([name, "dropped", reason, "", *("" for _ in names)])
                 outcomes[reason] += 1
             progress.close()
         splits = {split: writer.close() for split, writer in writers.items()}
         reasons = dict(sorted(outcomes.items()))
         _must_have_images(splits, reasons, params)
+        num_kept = sum(split.num_rows for split in splits.values())
         manifest = DatasetManifest(
             source=source.record,
+            conditions={name: DatasetCondition(channels=1 if num_grey[name] == num_kept else 3) for name in names},
             splits=splits,
             dropped=reasons,
             noted=dict(sorted(notes.items())),
@@ -146,22 +153,33 @@ def _check(candidate: Candidate, background: str) -> dict | str:
         return "caption is empty"
     if candidate.image is None:
         return "image is missing"
+    what = ""
     try:
         data, image, note = clean_image(candidate.image, background)
+        conditions: dict[str, Condition] = {}
+        for name, found in sorted(candidate.conditions.items()):
+            what = f"{name} "
+            if found.data is None:
+                return f"{name} is missing"
+            conditions[name] = clean_condition(found.data, image.size)
     except BadImage as fault:
-        return str(fault)
+        return f"{what}{str(fault).removeprefix('file ' if what else '')}"
     except MemoryError:  # not dropped: another machine would keep it
         raise InputError(
             f"{candidate.name}: not enough memory to decode this image; lower dataset.num_workers, "
             "or remove the image from the source"
         ) from None
     pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+    seen = "".join(f" {name} {condition.pixels_sha256}" for name, condition in conditions.items())
+    notes = [note, *(condition.note and f"{name} {condition.note}" for name, condition in conditions.items())]
     return {
-        "id": hashlib.sha256(f"{pixels} {caption}".encode()).hexdigest()[:32],
+        "id": hashlib.sha256(f"{pixels} {caption}{seen}".encode()).hexdigest()[:32],
         "pixels_sha256": pixels,
-        "note": note,
+        "notes": [note for note in notes if note],
+        "grey": [name for name, condition in conditions.items() if condition.is_grey],
         "image": data,
         "caption": caption,
         "width": image.width,
         "height": image.height,
+        **{name: condition.data for name, condition in conditions.items()},
     }

@@ -15,11 +15,13 @@ from sdtrain.data.scenes import (
     RADII_PX,
     SHAPES,
     STYLES,
+    Placement,
     Scene,
     caption,
     draw_caption,
     draw_scene,
     measure,
+    place,
     png_bytes,
     render,
 )
@@ -41,7 +43,7 @@ def test_measure_reads_back_what_render_drew(background):
     rng = np.random.default_rng(list(COLORS).index(background))
     drawn = [scene for scene in every_scene(rng) if scene.background == background]
     assert len(drawn) == 112
-    assert [scene for scene in drawn if measure(render(scene, rng)) != scene] == []
+    assert [scene for scene in drawn if measure(render(scene, place(scene, rng))) != scene] == []
 
 
 def test_measure_reads_every_size_position_and_style_of_every_shape():
@@ -50,24 +52,24 @@ def test_measure_reads_every_size_position_and_style_of_every_shape():
         Scene("white", shape, size, position, "green", style)  # its outline is nearer to the background than its fill
         for shape, size, position, style in product(SHAPES, RADII_PX, ANCHORS_PX, STYLES)
     ]
-    assert [scene for scene in drawn if measure(render(scene, rng)) != scene] == []
+    assert [scene for scene in drawn if measure(render(scene, place(scene, rng))) != scene] == []
 
 
 def test_measure_survives_a_mild_blur():
     rng = np.random.default_rng(2)
     for scene in every_scene(rng)[::4]:
-        found = measure(render(scene, rng).filter(ImageFilter.GaussianBlur(0.6)))
+        found = measure(render(scene, place(scene, rng)).filter(ImageFilter.GaussianBlur(0.6)))
         assert (found.shape, found.color, found.background) == (scene.shape, scene.color, scene.background)
 
 
 def test_measure_survives_another_resolution():
     rng = np.random.default_rng(3)
     for scene in every_scene(rng)[::16]:
-        assert measure(render(scene, rng).resize((256, 256), Image.Resampling.BICUBIC)) == scene
+        assert measure(render(scene, place(scene, rng)).resize((256, 256), Image.Resampling.BICUBIC)) == scene
 
 
 def test_png_keeps_every_pixel():
-    image = render(EXAMPLE, np.random.default_rng(0))
+    image = render(EXAMPLE, place(EXAMPLE, np.random.default_rng(0)))
     assert np.array_equal(np.asarray(decode_rgb(png_bytes(image))), np.asarray(image))
 
 
@@ -83,14 +85,16 @@ def test_a_speck_is_no_scene():
 
 
 def test_render_jitters_by_its_rng_alone():
-    first, again, other = (np.asarray(render(EXAMPLE, np.random.default_rng(seed))) for seed in (0, 0, 1))
+    first, again, other = (
+        np.asarray(render(EXAMPLE, place(EXAMPLE, np.random.default_rng(seed)))) for seed in (0, 0, 1)
+    )
     assert first.shape == (64, 64, 3)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
 def test_render_paints_the_named_colours():
-    pixels = np.asarray(render(Scene("red", "square", "large", "in the center", "blue"), np.random.default_rng(0)))
+    pixels = np.asarray(render(Scene("red", "square", "large", "in the center", "blue"), Placement((32, 32), 16)))
     assert tuple(pixels[32, 32]) == COLORS["red"]
     assert tuple(pixels[2, 2]) == COLORS["blue"]
 

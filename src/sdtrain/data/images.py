@@ -177,18 +177,26 @@ def decode_rgb(data: bytes) -> Image.Image:
 
 
 def square_pixels(image: Image.Image, resolution: int, center_crop: bool, seed: int, sample_id: str) -> np.ndarray:
-    """Resize the shorter side to `resolution` (Lanczos), crop, and scale: float32 [3, R, R] in -1..1.
+    """Resize the shorter side to `resolution` (Lanczos), crop, and scale: float32 [3, R, R] in -1..1."""
+    size, box = crop_of(image.size, resolution, center_crop, seed, sample_id)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    square = np.asarray(image.crop(box), dtype=np.float32)
+    return square.transpose(2, 0, 1) / 127.5 - 1
+
+
+def crop_of(
+    size: tuple[int, int], resolution: int, center_crop: bool, seed: int, sample_id: str
+) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """The size to resize an image to, its shorter side `resolution`, and the square's box (left, top, right, bottom).
 
     Without `center_crop` the crop's position is drawn from (seed, sample id).
     """
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    scale = resolution / min(size)
+    width, height = (max(resolution, round(side * scale)) for side in size)
     if center_crop:
         left, top = (width - resolution) // 2, (height - resolution) // 2
     else:
         rng = randomness.generator(seed, "crop", randomness.hash64(sample_id))
         left, top = rng.integers(0, [width - resolution + 1, height - resolution + 1]).tolist()
-    square = np.asarray(image.crop((left, top, left + resolution, top + resolution)), dtype=np.float32)
-    return square.transpose(2, 0, 1) / 127.5 - 1
+    return (width, height), (left, top, left + resolution, top + resolution)

@@ -1,8 +1,9 @@
 """A small world of captioned scenes whose content can be checked by arithmetic.
 
-A scene is one flat shape on a flat background. `render` draws it with anti-aliasing, `caption`
+A scene is one flat shape on a flat background. `render` draws it with anti-aliasing at a placement, `caption`
 puts it into words, and `measure` reads colour, shape, size, position and style back from any
-image by fitting templates, so that *prompt accuracy* needs no other model.
+image by fitting templates, so that *prompt accuracy* needs no other model. `outline` is an exact hint for a
+ControlNet, and `coverage` with `object_mask` tells whether an image follows it.
 
 The world has two parts. The base model's UNet was trained on `KNOWN` only; the default job
 fine-tunes it on scenes that also show `NEW` concepts.
@@ -23,6 +24,9 @@ _OUTLINE_RGB = (20, 20, 20)
 _OUTLINE_WIDTH_PX = 2.5  # drawn inward from the shape's edge
 _ANCHOR_JITTER_PX = 1.5
 _RADIUS_JITTER = 0.05
+_FREE_RADII_PX = (9.5, 16.8)  # what the words small and large span, with their jitter
+_FREE_MARGIN = 1.2  # radii between a freely placed centre and the border: the farthest corner of any shape
+_HINT_WIDTH_PX = 1.5  # of an outline, drawn inward from the shape's edge
 _MIN_AREA_PX = 40
 _CONTRAST = 55.0  # RGB distance from the background that counts as an object
 
@@ -156,10 +160,30 @@ def draw_caption(scene: Scene, rng: np.random.Generator) -> str:
     return caption(scene, omit=(str(rng.choice(["size", "position", "background"])),))
 
 
-def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """Draw the scene, RGB [64, 64], with a jitter of position (px) and radius taken from `rng`."""
-    center = np.array(ANCHORS_PX[scene.position]) + rng.uniform(-_ANCHOR_JITTER_PX, _ANCHOR_JITTER_PX, 2)
-    radius = RADII_PX[scene.size] * (1 + rng.uniform(-_RADIUS_JITTER, _RADIUS_JITTER))
+@dataclass(frozen=True)
+class Placement:
+    """Where a scene's shape is, in px; x to the right, y downward."""
+
+    center: tuple[float, float]
+    radius: float
+
+
+def place(scene: Scene, rng: np.random.Generator) -> Placement:
+    """A placement as the scene's words say, with a jitter."""
+    x, y = np.array(ANCHORS_PX[scene.position]) + rng.uniform(-_ANCHOR_JITTER_PX, _ANCHOR_JITTER_PX, 2)
+    return Placement((float(x), float(y)), RADII_PX[scene.size] * (1 + rng.uniform(-_RADIUS_JITTER, _RADIUS_JITTER)))
+
+
+def place_freely(rng: np.random.Generator) -> Placement:
+    """A placement of any size and anywhere inside the image."""
+    radius = rng.uniform(*_FREE_RADII_PX)
+    x, y = rng.uniform(_FREE_MARGIN * radius, SIZE_PX - _FREE_MARGIN * radius, 2)
+    return Placement((float(x), float(y)), radius)
+
+
+def render(scene: Scene, placement: Placement) -> Image.Image:
+    """Draw the scene, RGB [64, 64]."""
+    center, radius = np.array(placement.center), placement.radius
     canvas = (SIZE_PX * _SUPERSAMPLING,) * 2
     image = Image.new("RGB", canvas, COLORS[scene.background])
     fill = Image.new("RGB", canvas, _OUTLINE_RGB if scene.style == "outlined" else COLORS[scene.color])
@@ -169,16 +193,38 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
     return image.reduce(_SUPERSAMPLING)
 
 
-def measure(image: Image.Image) -> Scene | None:
-    """Read a scene back from an image by arithmetic; None where it shows no object.
+def outline(scene: Scene, placement: Placement) -> Image.Image:
+    """The shape's inner edge, white on black, L [64, 64]."""
+    edge = _coverage(scene.shape, placement) - _coverage(scene.shape, placement, inset_px=_HINT_WIDTH_PX)
+    return Image.fromarray((255 * edge).round().astype(np.uint8))
 
-    The border's median gives the background, what differs from it the object's mask. Each shape's
-    polygon is scaled to the mask's area and moved to its centroid; the best intersection over
-    union names the shape. Colours are the nearest of `COLORS` in RGB.
-    """
+
+def coverage(scene: Scene, placement: Placement) -> np.ndarray:
+    """The share of each pixel that the shape covers, float32 [64, 64] in 0..1."""
+    return _coverage(scene.shape, placement)
+
+
+def iou(first: np.ndarray, second: np.ndarray) -> float:
+    """Intersection over union of two masks in 0..1: sums of minima and maxima; 0 if both are empty."""
+    union = np.maximum(first, second).sum()
+    return float(np.minimum(first, second).sum() / union) if union else 0.0
+
+
+def object_mask(image: Image.Image) -> np.ndarray | None:
+    """The mask of what an image shows on its background, float32 [64, 64] in 0..1; None where it shows no object."""
+    pixels = _pixels(image)
+    return _mask_of(pixels, _background_of(pixels))
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """RGB float32 [64, 64, 3] in 0..255."""
     if image.size != (SIZE_PX, SIZE_PX):
         image = image.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    return np.asarray(image.convert("RGB"), dtype=np.float32)
+
+
+def _background_of(pixels: np.ndarray) -> np.ndarray:
+    """The border's median colour, RGB [3]."""
     border = np.concatenate(
         [
             pixels[:2].reshape(-1, 3),
@@ -187,7 +233,11 @@ def measure(image: Image.Image) -> Scene | None:
             pixels[:, -2:].reshape(-1, 3),
         ]
     )
-    background = np.median(border, axis=0)
+    return np.median(border, axis=0)
+
+
+def _mask_of(pixels: np.ndarray, background: np.ndarray) -> np.ndarray | None:
+    """What differs from the background, as `object_mask` returns it."""
     distance = np.linalg.norm(pixels - background, axis=2)
     if (distance > _CONTRAST).sum() < _MIN_AREA_PX:
         return None
@@ -195,6 +245,21 @@ def measure(image: Image.Image) -> Scene | None:
     contrast = min(np.median(distance[distance > _CONTRAST]), ink_contrast)
     mask = np.clip(distance / contrast, 0, 1)
     mask[mask < 0.35] = 0
+    return mask
+
+
+def measure(image: Image.Image) -> Scene | None:
+    """Read a scene back from an image by arithmetic; None where it shows no object.
+
+    The border's median gives the background, what differs from it the object's mask. Each shape's
+    polygon is scaled to the mask's area and moved to its centroid; the best intersection over
+    union names the shape. Colours are the nearest of `COLORS` in RGB.
+    """
+    pixels = _pixels(image)
+    background = _background_of(pixels)
+    mask = _mask_of(pixels, background)
+    if mask is None:
+        return None
     area = mask.sum()
     ys, xs = np.mgrid[:SIZE_PX, :SIZE_PX] + 0.5
     centroid = np.array([(mask * xs).sum(), (mask * ys).sum()]) / area
@@ -204,14 +269,14 @@ def measure(image: Image.Image) -> Scene | None:
         unit_area, unit_centroid = _area_and_centroid(polygon)
         radius = math.sqrt(area / unit_area)
         center = centroid - radius * unit_centroid
-        template = _coverage(shape, center, radius)
-        iou = np.minimum(mask, template).sum() / np.maximum(mask, template).sum()
-        best = max(best, (float(iou), shape, center, radius), key=lambda fit: fit[0])
+        fit = iou(mask, _coverage(shape, Placement(tuple(center), radius)))
+        best = max(best, (fit, shape, center, radius), key=lambda found: found[0])
     _, shape, center, radius = best
 
-    core = _coverage(shape, center, radius, inset_px=_OUTLINE_WIDTH_PX + 1)
+    found = Placement(tuple(center), radius)
+    core = _coverage(shape, found, inset_px=_OUTLINE_WIDTH_PX + 1)
     inside = np.median(pixels[core >= min(0.9, core.max())], axis=0)
-    rim = (_coverage(shape, center, radius, inset_px=0.5) > 0.9) & (_coverage(shape, center, radius, inset_px=2) < 0.1)
+    rim = (_coverage(shape, found, inset_px=0.5) > 0.9) & (_coverage(shape, found, inset_px=2) < 0.1)
     ink = np.linalg.norm(pixels[rim] - np.array(_OUTLINE_RGB), axis=1)
     outlined = rim.any() and np.mean(ink < np.linalg.norm(pixels[rim] - inside, axis=1)) > 0.5
     return Scene(
@@ -235,9 +300,10 @@ def _mask(shape: str, center: np.ndarray, radius: float, inset_px: float = 0.0) 
     return mask
 
 
-def _coverage(shape: str, center: np.ndarray, radius: float, inset_px: float = 0.0) -> np.ndarray:
-    """The share of each pixel that the shape covers, [64, 64] in 0..1."""
-    return np.asarray(_mask(shape, center, radius, inset_px).reduce(_SUPERSAMPLING), dtype=np.float32) / 255
+def _coverage(shape: str, placement: Placement, inset_px: float = 0.0) -> np.ndarray:
+    """The share of each pixel that the shape, shrunk by `inset_px`, covers, [64, 64] in 0..1."""
+    mask = _mask(shape, np.array(placement.center), placement.radius, inset_px)
+    return np.asarray(mask.reduce(_SUPERSAMPLING), dtype=np.float32) / 255
 
 
 def _area_and_centroid(polygon: np.ndarray) -> tuple[float, np.ndarray]:

@@ -1,7 +1,8 @@
 """The pipeline's two intermediate formats: dataset shards and latent shards.
 
 `data/dataset/`: `{split}-{n:05}.parquet` with one row per image (columns `id`, `image`, `caption`,
-`width`, `height`), `inputs.csv` with one row for every input, and `manifest.json`.
+`width`, `height`, and one for each condition, e.g. `hint`), `inputs.csv` with one row for every input, and
+`manifest.json`.
 
 `data/latents/`: `{split}-{n:05}.safetensors` with, for N images, `mean` and `logvar` of the VAE's
 posterior before scaling, float16 [N, C, h, w], the same for the flipped image (`mean_flipped`,
@@ -55,8 +56,10 @@ _SCHEMA = pa.schema(
 class DatasetWriter:
     """Writes one split's images to parquet shards of about 256 MiB; buffers at most 64 rows."""
 
-    def __init__(self, folder: Path, split: str) -> None:
+    def __init__(self, folder: Path, split: str, conditions: Sequence[str] = ()) -> None:
         self.folder, self.split = folder, split
+        self._schema = pa.schema([*_SCHEMA, *((name, pa.binary()) for name in conditions)])
+        self._images = ("image", *conditions)
         self.num_rows, self._num_shards, self._shard_bytes = 0, 0, 0
         self._rows: list[dict] = []
         self._file: pq.ParquetWriter | None = None
@@ -82,10 +85,10 @@ class DatasetWriter:
             return
         if self._file is None:
             path = self.folder / f"{self.split}-{self._num_shards:05}.parquet"
-            self._file = pq.ParquetWriter(path, _SCHEMA, compression="none")
+            self._file = pq.ParquetWriter(path, self._schema, compression="none")
             self._num_shards += 1
-        self._file.write_table(pa.Table.from_pylist(self._rows, schema=_SCHEMA))
-        self._shard_bytes += sum(len(row["image"]) for row in self._rows)
+        self._file.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+        self._shard_bytes += sum(len(row[name]) for row in self._rows for name in self._images)
         self._rows = []
         if self._shard_bytes >= _SHARD_BYTES:
             self._file.close()

@@ -10,7 +10,7 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +32,23 @@ _CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 
 
 @dataclass(frozen=True)
+class Found:
+    """A condition as found: its bytes or path, and its name in the source."""
+
+    data: bytes | str | None
+    name: str
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One input: its name in the source, the image's bytes or path, and the caption as found."""
 
     name: str
     image: bytes | str | None
     caption: Any
+    conditions: dict[str, Found] = field(default_factory=dict)
+    group: Any = None
+    """Inputs of one group stay in one split; None is a group of its own."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ def open_source(params: DatasetParams, seed: int, scratch: str) -> Source:
         InputError: the source isn't there, can't be read, or lacks a column.
     """
     if params.source == "generated":
-        return Source({"generated": params.num_scenes}, range(params.num_scenes), partial(_draw_scene, params, seed))
+        return _generated(params, seed)
     read = _from_hub if params.source == "hub" else _from_files
     record, table = read(params, scratch)
     source = Source(record, list(range(len(table))), _reader(table, params))
@@ -75,10 +86,34 @@ def open_source(params: DatasetParams, seed: int, scratch: str) -> Source:
     return source
 
 
-def _draw_scene(params: DatasetParams, seed: int, index: int) -> Candidate:
+def _generated(params: DatasetParams, seed: int) -> Source:
+    for name, column in params.condition_columns.items():
+        if column != "outline":
+            raise InputError(f"dataset.condition_columns.{name} = {column!r}: no such column; 'generated' has outline")
+    return Source(generated_record(params), range(params.num_scenes), partial(draw_candidate, params, seed))
+
+
+def generated_record(params: DatasetParams) -> dict:
+    """What the manifest records of the generated world."""
+    record = {"generated": params.num_scenes}
+    return (
+        record if params.world == "shapes" else {**record, "world": params.world, "new_fraction": params.new_fraction}
+    )
+
+
+def draw_candidate(params: DatasetParams, seed: int, index: int) -> Candidate:
+    """The scene at `index` of the generated world."""
     rng = randomness.generator(seed, "scene", index)
     scene = scenes.draw_scene(rng, new=bool(rng.random() < params.new_fraction))
-    return Candidate(f"row {index}", scenes.png_bytes(scenes.render(scene, rng)), scenes.draw_caption(scene, rng))
+    if params.world == "free_shapes":
+        placement, caption = scenes.place_freely(rng), scenes.caption(scene, omit=("size", "position"))
+    else:
+        placement, caption = scenes.place(scene, rng), scenes.draw_caption(scene, rng)
+    conditions = {
+        name: Found(scenes.png_bytes(scenes.outline(scene, placement)), column)
+        for name, column in params.condition_columns.items()
+    }
+    return Candidate(f"row {index}", scenes.png_bytes(scenes.render(scene, placement)), caption, conditions)
 
 
 def _from_hub(params: DatasetParams, scratch: str) -> tuple[dict, "datasets.Dataset"]:
@@ -143,7 +178,11 @@ def _reader(table: "datasets.Dataset", params: DatasetParams) -> Callable[[int],
     import datasets
 
     columns = table.column_names
+    conditions = {name: column for name, column in params.condition_columns.items() if not _is_pattern(column)}
     needed = {"image_column": params.image_column, "caption_column": params.caption_column}
+    needed |= {f"condition_columns.{name}": column for name, column in conditions.items()}
+    if params.group_column is not None:
+        needed["group_column"] = params.group_column
     if params.source == "imagefolder" and params.caption_column not in columns:
         needed.pop("caption_column")  # a .txt file beside each image may hold it
     for key, name in needed.items():
@@ -153,15 +192,18 @@ def _reader(table: "datasets.Dataset", params: DatasetParams) -> Callable[[int],
                 f"dataset.{key} = {name!r}: no such column; there are {', '.join(columns)}"
                 + (f"; nearest is {near[0]!r}" if near else "")
             )
-    try:
-        table = table.cast_column(params.image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"dataset.image_column = {params.image_column!r}: doesn't hold images: {error}") from None
+    pictures = {"image_column": params.image_column}
+    pictures |= {f"condition_columns.{name}": column for name, column in conditions.items()}
+    for key, column in pictures.items():
+        try:
+            table = table.cast_column(column, datasets.Image(decode=False))
+        except (TypeError, ValueError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
+            raise InputError(f"dataset.{key} = {column!r}: doesn't hold images: {error}") from None
     archive = lru_cache(maxsize=8)(zipfile.ZipFile)
 
-    def candidate(index: int) -> Candidate:
-        row = table[index]
-        image = row[params.image_column] or {"bytes": None, "path": None}
+    def picture(image: dict | None) -> tuple[bytes | str | None, str | None]:
+        """What there is of an image, and its path."""
+        image = image or {"bytes": None, "path": None}
         data, path = image["bytes"], image["path"]
         if not data and path and path.startswith("zip://"):  # zip://<member>::<archive>
             member, _, file = path.removeprefix("zip://").partition("::")
@@ -169,10 +211,26 @@ def _reader(table: "datasets.Dataset", params: DatasetParams) -> Callable[[int],
                 data = archive(file).read(member)
             except zipfile.BadZipFile:
                 data = b"damaged"  # so that it is dropped as undecodable
-        name = f"row {index}" + (f" {_HUB_CACHE.sub('', path)}" if path else "")
-        return Candidate(name, data or path, row.get(params.caption_column))
+        return data or path, path and _HUB_CACHE.sub("", path)
+
+    def candidate(index: int) -> Candidate:
+        row = table[index]
+        image, path = picture(row[params.image_column])
+        found = {name: (column, *picture(row[column])) for name, column in conditions.items()}
+        return Candidate(
+            f"row {index}" + (f" {path}" if path else ""),
+            image,
+            row.get(params.caption_column),
+            {name: Found(data, path or (column if data else "")) for name, (column, data, path) in found.items()},
+            row[params.group_column] if params.group_column is not None else None,
+        )
 
     return candidate
+
+
+def _is_pattern(column: str) -> bool:
+    """Whether it names files beside the images instead of a column."""
+    return "*" in column
 
 
 def _imagefolder(table: "datasets.Dataset", source: Source, params: DatasetParams) -> Source:
@@ -181,6 +239,7 @@ def _imagefolder(table: "datasets.Dataset", source: Source, params: DatasetParam
     Sorted, because Datasets reads several metadata files in the order of a set, which differs from run to run.
     """
     root = Path(params.path).resolve()
+    patterns = {name: column for name, column in params.condition_columns.items() if _is_pattern(column)}
     has_captions = params.caption_column in table.column_names
     if not has_captions and not any(root.rglob("*.txt")):
         raise InputError(
@@ -188,20 +247,40 @@ def _imagefolder(table: "datasets.Dataset", source: Source, params: DatasetParam
             f"{', '.join(table.column_names)}, and there is no .txt file beside the images"
         )
 
+    def inside(path: str) -> str:
+        return str(Path(path).relative_to(root)) if Path(path).is_relative_to(root) else path
+
     def named(index: int) -> Candidate:
         found = source.read(index)
-        inside = isinstance(found.image, str) and Path(found.image).is_relative_to(root)
-        return replace(found, name=str(Path(found.image).relative_to(root))) if inside else found
+        return replace(found, name=inside(found.image)) if isinstance(found.image, str) else found
 
     def candidate(index: int) -> Candidate:
         found = named(index)
+        conditions = {
+            name: replace(given, name=inside(given.data)) if isinstance(given.data, str) else given
+            for name, given in found.conditions.items()
+        }
+        for name, pattern in patterns.items():
+            file = pattern.replace("*", str(Path(found.name).with_suffix("")), 1)
+            conditions[name] = Found(str(root / file), file) if (root / file).is_file() else Found(None, "")
+        found = replace(found, conditions=conditions)
         if has_captions or not isinstance(found.image, str):
             return found
         text = Path(found.image).with_suffix(".txt")
         return replace(found, caption=text.read_text(encoding="utf-8", errors="replace") if text.exists() else None)
 
-    keys = [(found.name, str(found.caption)) for found in map(named, range(len(table)))]
+    columns = [name for name in params.condition_columns if name not in patterns]
+    keys, used = [], set()
+    for found in map(named, range(len(table))):
+        keys.append((found.name, str(found.caption)))
+        used |= {inside(given.data) for given in (found.conditions[name] for name in columns) if given.data}
+    matched = [re.compile(re.escape(pattern).replace(r"\*", "(.+)", 1)) for pattern in patterns.values()]
     images = {str(p.relative_to(root)) for p in root.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES}
-    unlisted = sorted(images.difference(name for name, _ in keys))
-    order = sorted(range(len(table)), key=keys.__getitem__)
+    own = {name for name in images if any(pattern.fullmatch(name) for pattern in matched)}
+    unlisted = sorted(images.difference(used, own, (name for name, _ in keys)))
+    order = sorted((i for i in range(len(table)) if keys[i][0] not in own), key=keys.__getitem__)
+    if keys and not order:
+        raise InputError(
+            f"dataset.condition_columns = {patterns}: matches every image in '{params.path}'; none is left to train on"
+        )
     return replace(source, order=order, read=candidate, name=lambda index: keys[index][0], unlisted=unlisted)

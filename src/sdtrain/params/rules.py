@@ -147,14 +147,18 @@ def _no_trackers(p: View) -> tuple[str, str] | None:
 
 def _no_images(p: View) -> tuple[str, str] | None:
     if p.train.trackers and not p.validation.prompts and p.validation.num_held_out is None:
-        if CONDITIONS[p.method.name]:
+        if _conditions(p):
             return "validation.num_held_out = None", "validation.num_held_out to a number"
         return "validation.prompts = []", "add prompts there"
     return _no_trackers(p)
 
 
+def _conditions(p: View) -> set[str]:
+    return CONDITIONS.get(p.method.name, set())
+
+
 def _sees_no_conditions(p: View) -> tuple[str, str] | None:
-    if not CONDITIONS[p.method.name]:
+    if not _conditions(p):
         return f"method.name = {p.method.name!r}, which sees captions only", "use prompts"
 
 
@@ -344,8 +348,8 @@ def _name_is_free(p: View) -> str | None:
     for word in _CONTROLNET_WORDS:
         if method == "controlnet" and word in name:
             return (
-                f"export.name = {p.export.name!r}: ComfyUI and A1111 take a ControlNet with {word!r} in its name for one "
-                "of another kind; choose another name"
+                f"export.name = {p.export.name!r}: by {word!r} in its name ComfyUI and A1111 take a ControlNet for "
+                "one of another kind; choose another name"
             )
 
 
@@ -363,16 +367,17 @@ def _single_file_is_full(p: View) -> str | None:
 
 
 def _method_has_its_conditions(p: View) -> str | None:
-    name, columns, derived = p.method.name, p.dataset.condition_columns, p.precompute.derived_conditions
+    name, needed = p.method.name, _conditions(p)
+    columns, derived = p.dataset.condition_columns, p.precompute.derived_conditions
     if twice := sorted(columns.keys() & derived.keys()):
         return (
             f"dataset.condition_columns.{twice[0]} = {columns[twice[0]]!r}, precompute.derived_conditions.{twice[0]} = "
             f"{derived[twice[0]]!r}: give one of them"
         )
     for key, given in (("dataset.condition_columns", columns), ("precompute.derived_conditions", derived)):
-        if unused := sorted(given.keys() - CONDITIONS[name]):
+        if unused := sorted(given.keys() - needed):
             return f"{key}.{unused[0]} = {given[unused[0]]!r}: method.name = {name!r} sees no {unused[0]}; leave it out"
-    if missing := sorted(CONDITIONS[name] - columns.keys() - derived.keys()):
+    if missing := sorted(needed - columns.keys() - derived.keys()):
         column = "outline" if p.dataset.source == "generated" else "COLUMN"
         return (
             f"method.name = {name!r}: needs a {missing[0]} for each image; set dataset.condition_columns to "
@@ -380,8 +385,22 @@ def _method_has_its_conditions(p: View) -> str | None:
         )
 
 
+def _files_are_in_folders(p: View) -> str | None:
+    for name, column in p.dataset.condition_columns.items():
+        if "*" in column and p.dataset.source != "imagefolder":
+            return (
+                f"dataset.condition_columns.{name} = {column!r}: only an imagefolder has files beside its images; name "
+                "a column"
+            )
+        if column.count("*") > 1:
+            return (
+                f"dataset.condition_columns.{name} = {column!r}: write one *, which stands for the image's path "
+                "without its suffix"
+            )
+
+
 def _grid_has_rows(p: View) -> str | None:
-    conditions = CONDITIONS[p.method.name]
+    conditions = _conditions(p)
     if not conditions and not p.sample.prompts:
         return "sample.prompts = []: the grid needs a prompt or more"
     if conditions and p.sample.num_held_out is None:
@@ -395,7 +414,7 @@ def _prompts_in_words(section: str) -> Rule:
     """Images under conditions take their captions from the held-out images."""
 
     def rule(p: View) -> str | None:
-        prompts, conditions = getattr(p, section).prompts, CONDITIONS[p.method.name]
+        prompts, conditions = getattr(p, section).prompts, _conditions(p)
         if conditions and prompts:
             return (
                 f"{section}.prompts: method.name = {p.method.name!r} draws held-out images' captions with their "
@@ -442,7 +461,8 @@ RULES: tuple[Rule, ...] = (
     _listed_once("resume_reset"), _listed_once("trackers"),
     _constant_has_no_warmup, _warmup_ends, _export_has_weights, _captions_survive_the_flip,
     _has_effect("base.controlnet_repo", _starts_from_unet), _revision_needs_repo("controlnet"),
-    _method_has_its_conditions, _grid_has_rows, _prompts_in_words("sample"), _prompts_in_words("validation"),
+    _method_has_its_conditions, _files_are_in_folders,
+    _grid_has_rows, _prompts_in_words("sample"), _prompts_in_words("validation"),
     _has_effect("sample.num_held_out", _sees_no_conditions),
     _has_effect("validation.num_held_out", _sees_no_conditions), _has_effect("validation.num_held_out", _no_trackers),
     _has_effect("export.merged", _not_lora), _dora_is_merged, _single_file_is_full, _name_is_free,

@@ -9,9 +9,8 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 from PIL import Image
 
-from sdtrain.data import scenes
 from sdtrain.data.shards import SPLITS
-from sdtrain.ground import randomness
+from sdtrain.data.sources import draw_candidate
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.manifests import DatasetManifest, LatentsManifest
 from sdtrain.params.schema import DatasetParams
@@ -102,10 +101,9 @@ def ask_source(params: DatasetParams, seed: int) -> Found:
 
 
 def _scene_bytes(params: DatasetParams, seed: int, index: int) -> int:
-    """Size of the scene that the source `generated` draws at `index`."""
-    rng = randomness.generator(seed, "scene", index)
-    scene = scenes.draw_scene(rng, new=bool(rng.random() < params.new_fraction))
-    return len(scenes.png_bytes(scenes.render(scene, rng)))
+    """Size of the scene that the source `generated` draws at `index`, with its conditions."""
+    drawn = draw_candidate(params, seed, index)
+    return len(drawn.image) + sum(len(found.data) for found in drawn.conditions.values())
 
 
 def _count_files(path: Path) -> Found:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdtrain.data.sources import generated_record
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.manifests import BaseManifest, DatasetManifest, LatentsManifest, encoders_fingerprint
 from sdtrain.params.schema import BaseParams, DatasetParams, Params
@@ -69,7 +70,7 @@ def _check_base(params: BaseParams, folder: Path) -> None:
 def _check_dataset(params: DatasetParams, folder: Path) -> None:
     """Check that data/dataset was read from the source that these params name."""
     wanted = {
-        "generated": {"generated": params.num_scenes},
+        "generated": generated_record(params),
         "hub": {"repo": params.repo, "revision": params.revision, "split": params.split},
     }.get(params.source, {"path": str(Path(params.path)), "type": params.source})
     found = DatasetManifest.read(folder).source
