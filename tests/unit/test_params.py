@@ -16,6 +16,14 @@ from sdtrain.training.optimizer import peak_lr
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "params.yaml"
+CONTROLNET = {
+    "method": {"name": "controlnet", "start": "unet"},
+    "dataset__condition_columns": {"hint": "outline"},
+    "validation__prompts": [],
+    "validation__num_held_out": 4,
+    "sample__prompts": [],
+    "sample__num_held_out": 8,
+}
 LORA = load_params(ROOT / "recipes" / "lora.yaml").method.model_dump()
 
 
@@ -151,7 +159,7 @@ def test_every_fault_comes_in_one_message():
 IMAGEFOLDER = {"dataset__source": "imagefolder"}
 NO_EMA = {"train__use_ema": False, "export__weights": "raw"}
 RULE_CASES = [
-    ({"export__merged": True}, "export.merged = True: has no effect with method.name = 'finetune', whose model is "),
+    ({"export__merged": True}, "export.merged = True: has no effect with method.name = 'finetune', which has no adapt"),
     ({"method": {**LORA, "use_dora": True}}, "export.merged = False: with method.use_dora = True only the merged"),
     ({"method": LORA, "export__single_file": True}, "export.single_file = True: is for full models, and with export."),
     (
@@ -234,6 +242,88 @@ RULE_CASES = [
     (
         {"train__branch_from": "a/path"},
         "train.branch_from = 'a/path': has no effect with train.resume = 'auto'; set it to data/start, or train",
+    ),
+    (
+        {**CONTROLNET, "dataset__condition_columns": {}},
+        "method.name = 'controlnet': needs a hint for each image; set dataset.condition_columns to {hint: outline}, or "
+        "precompute.derived_conditions to {hint: canny}",
+    ),
+    (
+        {**CONTROLNET, "precompute__derived_conditions": {"hint": "canny"}},
+        "dataset.condition_columns.hint = 'outline', precompute.derived_conditions.hint = 'canny': give one of them",
+    ),
+    (
+        {"dataset__condition_columns": {"hint": "outline"}},
+        "dataset.condition_columns.hint = 'outline': method.name = 'finetune' sees no hint; leave it out",
+    ),
+    (
+        {**CONTROLNET, "dataset__condition_columns": {"hint": "hints/*.png"}},
+        "dataset.condition_columns.hint = 'hints/*.png': only an imagefolder has files beside its images; name a colu",
+    ),
+    (
+        {**CONTROLNET, **IMAGEFOLDER, "dataset__condition_columns": {"hint": "*/*.png"}},
+        "dataset.condition_columns.hint = '*/*.png': write one *, which stands for the image's path without its suffix",
+    ),
+    ({"sample__prompts": []}, "sample.prompts = []: the grid needs a prompt or more"),
+    (
+        {**CONTROLNET, "sample__num_held_out": None},
+        "sample.num_held_out = None: with method.name = 'controlnet' the grid shows held-out captions and conditions",
+    ),
+    (
+        {**CONTROLNET, "sample__prompts": ["a cat"]},
+        "sample.prompts: method.name = 'controlnet' draws held-out images' captions with their conditions; set it to",
+    ),
+    (
+        {**CONTROLNET, "validation__prompts": ["a cat"]},
+        "validation.prompts: method.name = 'controlnet' draws held-out images' captions with their conditions; set it",
+    ),
+    (
+        {"sample__num_held_out": 8},
+        "sample.num_held_out = 8: has no effect with method.name = 'finetune', which sees captions only; set it to nu",
+    ),
+    (
+        {"validation__num_held_out": 8},
+        "validation.num_held_out = 8: has no effect with method.name = 'finetune', which sees captions only; set it to",
+    ),
+    (
+        {**CONTROLNET, "train__trackers": []},
+        "validation.num_held_out = 4: has no effect with train.trackers = []: only trackers show images; set it to nu",
+    ),
+    (
+        {**CONTROLNET, "validation__num_held_out": None, "validation__num_inference_steps": 9},
+        "validation.num_inference_steps = 9: has no effect with validation.num_held_out = None; set it to 20",
+    ),
+    (
+        {"base__controlnet_repo": "owner/name"},
+        "base.controlnet_repo = 'owner/name': has no effect with method.name = 'finetune'; set it to null, or method.",
+    ),
+    (
+        {**CONTROLNET, "base__controlnet_repo": "owner/name"},
+        "base.controlnet_repo = 'owner/name': has no effect with method.start = 'unet'; set it to null, or method.sta",
+    ),
+    (
+        {"base__controlnet_revision": "v1"},
+        "base.controlnet_revision = 'v1': has no effect without base.controlnet_repo",
+    ),
+    (
+        {"dataset__group_column": "object"},
+        "dataset.group_column = 'object': dataset.source = 'generated' doesn't read it",
+    ),
+    (
+        {**IMAGEFOLDER, "dataset__world": "free_shapes"},
+        "dataset.world = 'free_shapes': dataset.source = 'imagefolder' do",
+    ),
+    (
+        {**CONTROLNET, "export__single_file": True},
+        "export.single_file = True: is for full models; a ControlNet's own file, which ComfyUI and A1111 load, is alw",
+    ),
+    (
+        {**CONTROLNET, "export__name": "diffusion_pytorch_model"},
+        "export.name = 'diffusion_pytorch_model': diffusion_pytorch_model.safetensors is written, too; choose another",
+    ),
+    (
+        {**CONTROLNET, "export__name": "my-Shuffle"},
+        "export.name = 'my-Shuffle': by 'shuffle' in its name ComfyUI and A1111 take a ControlNet for one of another",
     ),
     ({"train__trackers": ["wandb", "wandb"]}, "train.trackers = ['wandb', 'wandb']: lists a value twice"),
     ({"base__vae_revision": "main"}, "base.vae_revision = 'main': has no effect without base.vae_repo"),
@@ -345,7 +435,7 @@ def test_cross_field_rule(changes, fault):
 
 @pytest.mark.parametrize(("changes", "fault"), RULE_CASES)
 def test_cross_field_rule_is_reported_beside_other_faults(changes, fault):
-    sections = [name for name in ("sample", "evaluate", "validation", "export") if f"{name}." not in fault]
+    sections = [name for name in ("sample", "evaluate", "validation", "export", "precompute") if f"{name}." not in fault]
     missing, odd = [name for name in sections if not any(key.startswith(name) for key in changes)][:2]
     others = {missing: ..., odd: 3, "train__adam_epsilon": "high", "base__unknown": 1}
     text = message(changed(**changes, **others))
@@ -421,6 +511,13 @@ MUST_FOLLOW = {
     "lora.yaml": {"hub": {"dataset.repo"}},
     "sd15-lora.yaml": {"hub": {"dataset.repo"}},
     "images.yaml": {"hub": {"dataset.repo"}, "generated": {"precompute.random_flip"}},
+    "controlnet.yaml": {
+        "hub": {"dataset.repo", "dataset.world", "dataset.num_scenes", "dataset.new_fraction"},
+        **{
+            source: {"dataset.world", "dataset.num_scenes", "dataset.new_fraction"}
+            for source in ("imagefolder", "webdataset", "parquet")
+        },
+    },
     "scratch.yaml": {
         "hub": {"dataset.repo", "dataset.num_scenes"},
         **{source: {"dataset.num_scenes"} for source in ("imagefolder", "webdataset", "parquet")},
