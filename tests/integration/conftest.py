@@ -28,18 +28,36 @@ class Run:
     validation_curve: pd.DataFrame
 
 
-class Workspace:
-    """Base, data set and latents of the shrunken default, and a way to train on them."""
+HINTED = {
+    "dataset": {"world": "free_shapes", "new_fraction": 0.0, "condition_columns": {"hint": "outline"}},
+    "method": {"name": "controlnet", "start": "unet"},
+    "train": {"lr": 1e-3, "caption_dropout": 0.5},
+    "sample": {"prompts": [], "num_held_out": 2},
+}
+"""A ControlNet on the shrunken world."""
 
-    def __init__(self, folder: Path, make_params, root: Path) -> None:
-        self.folder, self.make_params = folder, make_params
+
+def merged(first: dict[str, dict], second: dict[str, dict]) -> dict[str, dict]:
+    """Changes by section, of which the second win."""
+    return {name: {**first.get(name, {}), **second.get(name, {})} for name in first.keys() | second.keys()}
+
+
+class Workspace:
+    """Base, data set and latents of the shrunken default with `changes`, and a way to train on them."""
+
+    def __init__(self, folder: Path, make_params, root: Path, changes: dict[str, dict] | None = None) -> None:
+        self.folder, self._make_params, self._changes = folder, make_params, changes or {}
         self.base, self.dataset, self.latents = folder / "base", folder / "dataset", folder / "latents"
-        params = make_params(base={"path": str(root / "data" / "builtin")})
+        params = self.make_params(base={"path": str(root / "data" / "builtin")})
         resolve_base(params.base, params.seed, out=self.base)
         build_dataset(params.dataset, params.seed, out=self.dataset, metrics=folder / "dataset.json")
         precompute_latents(
             params.precompute, params.seed, self.base, self.dataset, self.latents, folder / "precompute.json"
         )
+
+    def make_params(self, **changes: dict) -> Params:
+        """The shrunken default with this workspace's changes and these."""
+        return self._make_params(**merged(self._changes, changes))
 
     def changed_base(self, out: Path, name: str, **changes) -> Path:
         """A copy of the base as though it had been resolved with these changes to one of its JSON files."""
@@ -82,6 +100,11 @@ class Workspace:
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory, make_params, root) -> Workspace:
     return Workspace(tmp_path_factory.mktemp("workspace"), make_params, root)
+
+
+@pytest.fixture(scope="session")
+def hinted(tmp_path_factory, make_params, root) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("hinted"), make_params, root, HINTED)
 
 
 @pytest.fixture(scope="session")

@@ -133,7 +133,7 @@ def test_exporting_weights_that_were_not_kept_is_refused(workspace, tmp_path):
 
 def test_the_grid_shows_base_beside_trained(workspace, model, tmp_path):
     params = workspace.make_params().sample
-    sample_grid(params, 0, workspace.base, model, tmp_path / "samples")
+    sample_grid(params, 0, workspace.base, workspace.latents, model, tmp_path / "samples")
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["grid.png"]
     with Image.open(tmp_path / "samples" / "grid.png") as grid:
         assert grid.width > 2 * 128

@@ -264,6 +264,10 @@ RULE_CASES = [
         {**CONTROLNET, **IMAGEFOLDER, "dataset__condition_columns": {"hint": "*/*.png"}},
         "dataset.condition_columns.hint = '*/*.png': write one *, which stands for the image's path without its suffix",
     ),
+    (
+        {**CONTROLNET, **IMAGEFOLDER, "dataset__condition_columns": {"hint": "image"}},
+        "dataset.condition_columns.hint = 'image': is dataset.image_column, too; name the column that tells the model",
+    ),
     ({"sample__prompts": []}, "sample.prompts = []: the grid needs a prompt or more"),
     (
         {**CONTROLNET, "sample__num_held_out": None},
@@ -435,7 +439,9 @@ def test_cross_field_rule(changes, fault):
 
 @pytest.mark.parametrize(("changes", "fault"), RULE_CASES)
 def test_cross_field_rule_is_reported_beside_other_faults(changes, fault):
-    sections = [name for name in ("sample", "evaluate", "validation", "export", "precompute") if f"{name}." not in fault]
+    sections = [
+        name for name in ("sample", "evaluate", "validation", "export", "precompute") if f"{name}." not in fault
+    ]
     missing, odd = [name for name in sections if not any(key.startswith(name) for key in changes)][:2]
     others = {missing: ..., odd: 3, "train__adam_epsilon": "high", "base__unknown": 1}
     text = message(changed(**changes, **others))

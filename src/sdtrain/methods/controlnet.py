@@ -1,17 +1,18 @@
 """ControlNet: a trained copy of the UNet's encoder, which sees a hint (Zhang et al. 2023). The UNet stays as it is."""
 
+import copy
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from diffusers import ControlNetModel, DDPMScheduler, StableDiffusionControlNetPipeline
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdtrain.data.batches import Batch
 from sdtrain.data.shards import Column
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.layout import CONTROLNET
+from sdtrain.ground.layout import CONTROLNET, CONTROLNET_FILE
 from sdtrain.methods.exports import DTYPES, Exported
 from sdtrain.methods.method import denoising_loss, encode_text
 from sdtrain.models.parts import Parts, load_controlnet, vae_factor
@@ -67,11 +68,10 @@ class ControlNet:
 
     def export(self, folder: Path, scheduler: DDPMScheduler, params: ExportParams, base: Path) -> Iterator[Exported]:
         """The folder of a ControlNetModel, and the same tensors as one file, which ComfyUI and A1111 recognise."""
-        dtype, file = DTYPES[params.dtype], folder / f"{params.name}.safetensors"
-        weights = {name: tensor.to(dtype).contiguous() for name, tensor in self.trained.state_dict().items()}
-        self.trained.save_pretrained(folder, state_dict=weights)
+        model, file = copy.deepcopy(self.trained).to(DTYPES[params.dtype]), folder / f"{params.name}.safetensors"
+        model.save_pretrained(folder)
         yield Exported(folder, "controlnet", partial(load_controlled, folder, base))
-        save_file(weights, file, {"format": "pt"})
+        shutil.copyfile(folder / CONTROLNET_FILE, file)
         yield Exported(file, "controlnet", partial(load_controlled, folder, base, file.name))
 
 

@@ -385,13 +385,19 @@ def _method_has_its_conditions(p: View) -> str | None:
         )
 
 
-def _files_are_in_folders(p: View) -> str | None:
+def _condition_columns_are_sound(p: View) -> str | None:
     for name, column in p.dataset.condition_columns.items():
         if "*" in column and p.dataset.source != "imagefolder":
             return (
                 f"dataset.condition_columns.{name} = {column!r}: only an imagefolder has files beside its images; name "
                 "a column"
             )
+        for key in ("image_column", "caption_column"):
+            if column == getattr(p.dataset, key):
+                return (
+                    f"dataset.condition_columns.{name} = {column!r}: is dataset.{key}, too; name the column that tells the "
+                    "model more"
+                )
         if column.count("*") > 1:
             return (
                 f"dataset.condition_columns.{name} = {column!r}: write one *, which stands for the image's path "
@@ -461,7 +467,7 @@ RULES: tuple[Rule, ...] = (
     _listed_once("resume_reset"), _listed_once("trackers"),
     _constant_has_no_warmup, _warmup_ends, _export_has_weights, _captions_survive_the_flip,
     _has_effect("base.controlnet_repo", _starts_from_unet), _revision_needs_repo("controlnet"),
-    _method_has_its_conditions, _files_are_in_folders,
+    _method_has_its_conditions, _condition_columns_are_sound,
     _grid_has_rows, _prompts_in_words("sample"), _prompts_in_words("validation"),
     _has_effect("sample.num_held_out", _sees_no_conditions),
     _has_effect("validation.num_held_out", _sees_no_conditions), _has_effect("validation.num_held_out", _no_trackers),
