@@ -114,7 +114,7 @@ def _hints(options: argparse.Namespace, pipeline: "DiffusionPipeline") -> "list[
     Raises:
         InputError: there isn't one for each prompt, the model sees none, or a file can't be read.
     """
-    from sdtrain.data.conditions import read_hint
+    from sdtrain.data.conditions import read_condition
     from sdtrain.models.pipelines import drawn_px, takes_hints
 
     given = options.hint or []
@@ -125,8 +125,9 @@ def _hints(options: argparse.Namespace, pipeline: "DiffusionPipeline") -> "list[
             f"{options.model} is a ControlNet: give --hint once, or once for each --prompt; there are {len(given)} for "
             f"{len(options.prompt)}"
         )
-    hints = [read_hint(path, drawn_px(pipeline)) for path in given] * (len(options.prompt) if len(given) == 1 else 1)
-    return [hint for hint in hints for _ in range(options.num_images)]
+    files = given if len(given) > 1 else given * len(options.prompt)
+    hints = {file: read_condition("hint", file, drawn_px(pipeline)) for file in files}
+    return [hints[file] for file in files for _ in range(options.num_images)]
 
 
 def _plan(options: argparse.Namespace) -> None:

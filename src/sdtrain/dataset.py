@@ -1,8 +1,9 @@
 """The data gate: every input is read once, then kept or dropped, and recorded.
 
 Each candidate of `sources.py` is decoded completely, made plain RGB, and written to the shards of
-`shards.py`. `inputs.csv` has a row for every input with its outcome; `manifest.json` counts the reasons
-for dropping, and the notes on images that were kept although something was wrong with them.
+`shards.py`, together with its conditions. `inputs.csv` has a row for every input with its outcome, and where
+each condition is from; `manifest.json` counts the reasons for dropping, and the notes on images that were
+kept although something was wrong with them.
 """
 
 import csv
@@ -13,11 +14,12 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from sdtrain.data.conditions import Condition, clean_condition
+from sdtrain.data.conditions import CONDITIONS
 from sdtrain.data.images import DAMAGED_EXIF, BadImage, clean_image
 from sdtrain.data.shards import SPLITS, DatasetWriter
 from sdtrain.data.sources import Candidate, open_source
@@ -26,6 +28,19 @@ from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import PARTIAL, new_folder, sha256_json, write_json
 from sdtrain.ground.manifests import DatasetCondition, DatasetManifest, DatasetSplit
 from sdtrain.params.schema import DatasetParams
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a candidate that is kept brings to the data set."""
+
+    row: dict
+    """By the columns of its shard."""
+    group: str
+    """By which its split is drawn."""
+    channels: dict[str, int]
+    """Of its conditions."""
+    notes: list[str]
 
 
 def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) -> None:
@@ -37,54 +52,49 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
     """
     with new_folder(out) as folder, _scratch_folder(out) as scratch:
         source = open_source(params, seed, scratch)
-        names = sorted(params.condition_columns)
-        writers = {split: DatasetWriter(folder, split, names) for split in SPLITS}
-        outcomes, notes, num_grey = Counter(), Counter(), Counter()
+        conditions = dict.fromkeys(sorted(params.condition_columns), 0)  # the most channels of any row
+        writers = {split: DatasetWriter(folder, split, list(conditions)) for split in SPLITS}
+        outcomes, notes = Counter(), Counter()
         # A file's name can be any bytes, not only valid text.
         with (folder / "inputs.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             table = csv.writer(file)
-            table.writerow(["input", "outcome", "reason", "id", *names])
+            table.writerow(["input", "outcome", "reason", "id", *conditions])
             num_read = 0
             progress = tqdm(total=len(source.order), desc="dataset", unit="image", disable=None)
-            for candidate, row in _checked(map(source.read, source.order), params):
+            for candidate, found in _checked(map(source.read, source.order), params):
                 num_read += 1
                 progress.update()
-                places = [candidate.conditions[name].name for name in names]
-                if isinstance(row, str):
-                    table.writerow([candidate.name, "dropped", row, "", *places])
-                    outcomes[row.split(":")[0]] += 1
+                origins = [candidate.conditions[name].origin for name in conditions]
+                if isinstance(found, str):
+                    table.writerow([candidate.name, "dropped", found, "", *origins])
+                    outcomes[found.split(":")[0]] += 1
                     continue
-                # By group, else by pixels alone: copies stay in one split, and every seed holds out the same images.
-                pixels = row.pop("pixels_sha256")
-                together = pixels if candidate.group is None else f"group {candidate.group}"
-                held_out = randomness.uniform(0, "split", randomness.hash64(together))
+                # By pixels or group alone: copies stay in one split, and every seed holds out the same images.
+                held_out = randomness.uniform(0, "split", randomness.hash64(found.group))
                 split = "validation" if held_out < params.validation_fraction else "train"
-                found_notes, grey = row.pop("notes"), row.pop("grey")
-                notes.update(note.split(":")[0] for note in found_notes)
-                num_grey.update(grey)
-                writers[split].add(row)
-                table.writerow([candidate.name, split, "; ".join(found_notes), row["id"], *places])
+                notes.update(note.split(":")[0] for note in found.notes)
+                conditions = {name: max(most, found.channels[name]) for name, most in conditions.items()}
+                writers[split].add(found.row)
+                table.writerow([candidate.name, split, "; ".join(found.notes), found.row["id"], *origins])
                 if writers["train"].num_rows == params.max_train_samples:
                     break
             unread = [(source.name(index), "beyond max_train_samples") for index in source.order[num_read:]]
             unread += [(name, "not listed in the metadata, hidden, or of an unknown type") for name in source.unlisted]
             for name, reason in unread:
-                table.writerow([name, "dropped", reason, "", *("" for _ in names)])
+                table.writerow([name, "dropped", reason, "", *("" for _ in conditions)])
                 outcomes[reason] += 1
             progress.close()
         splits = {split: writer.close() for split, writer in writers.items()}
         reasons = dict(sorted(outcomes.items()))
         _must_have_images(splits, reasons, params)
-        num_kept = sum(split.num_rows for split in splits.values())
+        told = [DatasetManifest.VERSION, {name: split.model_dump() for name, split in splits.items()}]
         manifest = DatasetManifest(
             source=source.record,
-            conditions={name: DatasetCondition(channels=1 if num_grey[name] == num_kept else 3) for name in names},
+            conditions={name: DatasetCondition(channels=channels) for name, channels in conditions.items()},
             splits=splits,
             dropped=reasons,
             noted=dict(sorted(notes.items())),
-            fingerprint=sha256_json(
-                [DatasetManifest.VERSION, {name: split.model_dump() for name, split in splits.items()}]
-            ),
+            fingerprint=sha256_json([*told, conditions] if conditions else told),
         )
         manifest.write(folder)
         counts = {f"num_{split}": splits[split].num_rows for split in SPLITS}
@@ -128,8 +138,8 @@ def _must_have_images(splits: dict[str, DatasetSplit], reasons: dict, params: Da
             )
 
 
-def _checked(candidates: Iterable[Candidate], params: DatasetParams) -> Iterator[tuple[Candidate, dict | str]]:
-    """Each candidate in order, with its row or the reason why it is dropped."""
+def _checked(candidates: Iterable[Candidate], params: DatasetParams) -> Iterator[tuple[Candidate, Kept | str]]:
+    """Each candidate in order, with what it brings or the reason why it is dropped."""
     if params.num_workers == 0:
         for candidate in candidates:
             yield candidate, _check(candidate, params.alpha_background)
@@ -139,13 +149,13 @@ def _checked(candidates: Iterable[Candidate], params: DatasetParams) -> Iterator
         for candidate in candidates:
             pending.append((candidate, pool.submit(_check, candidate, params.alpha_background)))
             if len(pending) > 4 * params.num_workers:
-                first, row = pending.popleft()
-                yield first, row.result()
-        for candidate, row in pending:
-            yield candidate, row.result()
+                first, found = pending.popleft()
+                yield first, found.result()
+        for candidate, found in pending:
+            yield candidate, found.result()
 
 
-def _check(candidate: Candidate, background: str) -> dict | str:
+def _check(candidate: Candidate, background: str) -> Kept | str:
     if not isinstance(candidate.caption, str):
         return "caption is missing" if candidate.caption is None else "caption is not text"
     caption = " ".join(candidate.caption.split())
@@ -153,33 +163,34 @@ def _check(candidate: Candidate, background: str) -> dict | str:
         return "caption is empty"
     if candidate.image is None:
         return "image is missing"
-    what = ""
+    part = "image"
     try:
         data, image, note = clean_image(candidate.image, background)
-        conditions: dict[str, Condition] = {}
-        for name, found in sorted(candidate.conditions.items()):
-            what = f"{name} "
-            if found.data is None:
-                return f"{name} is missing"
-            conditions[name] = clean_condition(found.data, image.size)
+        conditions = {}
+        for part, file in sorted(candidate.conditions.items()):
+            if file.data is None:
+                return f"{part} is missing"
+            conditions[part] = CONDITIONS[part].clean(file.data, image.size)
     except BadImage as fault:
-        return f"{what}{str(fault).removeprefix('file ' if what else '')}"
+        return str(fault) if part == "image" else f"{part} {fault}"
     except MemoryError:  # not dropped: another machine would keep it
         raise InputError(
-            f"{candidate.name}: not enough memory to decode this image; lower dataset.num_workers, "
+            f"{candidate.name}: not enough memory to decode this {part}; lower dataset.num_workers, "
             "or remove the image from the source"
         ) from None
     pixels = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-    seen = "".join(f" {name} {condition.pixels_sha256}" for name, condition in conditions.items())
-    notes = [note, *(condition.note and f"{name} {condition.note}" for name, condition in conditions.items())]
-    return {
-        "id": hashlib.sha256(f"{pixels} {caption}{seen}".encode()).hexdigest()[:32],
-        "pixels_sha256": pixels,
-        "notes": [note for note in notes if note],
-        "grey": [name for name, condition in conditions.items() if condition.is_grey],
+    identity = f"{pixels} {caption}" + "".join(f"\n{name} {found.sha256}" for name, found in conditions.items())
+    row = {
+        "id": hashlib.sha256(identity.encode()).hexdigest()[:32],
         "image": data,
         "caption": caption,
         "width": image.width,
         "height": image.height,
-        **{name: condition.data for name, condition in conditions.items()},
     }
+    notes = [note] + [found.note and f"{name} {found.note}" for name, found in conditions.items()]
+    return Kept(
+        row | {name: found.data for name, found in conditions.items()},
+        pixels if candidate.group is None else str(candidate.group),
+        {name: found.channels for name, found in conditions.items()},
+        [note for note in notes if note],
+    )

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sdtrain.data.conditions import condition_pixels
+from sdtrain.data.conditions import CONDITIONS
 from sdtrain.data.edges import canny_edges
-from sdtrain.data.images import decode_rgb, square_pixels
+from sdtrain.data.images import decode_rgb, draw_crop, square_pixels
 from sdtrain.data.shards import NUM_PROBES, PROBE, SPLITS, read_dataset
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, sha256_file, sha256_json, write_json
@@ -123,8 +123,11 @@ def _condition_pixels(
     if name in params.derived_conditions:
         pixels = _pixels(params, seed, rows)
         return np.stack([canny_edges(image, seed, row["id"]) for image, row in zip(pixels, rows, strict=True)])
-    crop = (params.resolution, params.center_crop, seed)
-    return np.stack([condition_pixels(row, name, condition.shape[0], *crop) for row in rows])
+    cropped = []
+    for row in rows:
+        crop = draw_crop((row["width"], row["height"]), params.resolution, params.center_crop, seed, row["id"])
+        cropped.append(CONDITIONS[name].crop(row[name], crop, condition.shape[0]))
+    return np.stack(cropped)
 
 
 def _encode_shard(

@@ -92,14 +92,17 @@ def _run(call: dict) -> None:
     from sdtrain.base import resolve_base
     from sdtrain.dataset import build_dataset
     from sdtrain.params.load import check_params, load_params
+    from sdtrain.params.schema import DatasetParams
 
     tree = load_params(ROOT / "params.yaml").model_dump()
     tree[call["section"]].update(call["changes"])
-    params, out = check_params(tree), Path(call["out"])
+    out = Path(call["out"])
     if call["section"] == "base":
+        params = check_params(tree)
         resolve_base(params.base, params.seed, out=out)
-    else:
-        build_dataset(params.dataset, params.seed, out=out, metrics=out.with_suffix(".json"))
+    else:  # alone, without the method that its conditions are for
+        params = DatasetParams.model_validate(tree["dataset"])
+        build_dataset(params, tree["seed"], out=out, metrics=out.with_suffix(".json"))
 
 
 def _serve() -> None:

@@ -861,6 +861,66 @@ def test_every_image_of_a_hub_data_set_is_accounted_for(hub, client, images, out
     assert rows[BROKEN]["reason"].startswith("can't be decoded: ")
 
 
+def parquet_with_hints(images: list[bytes]) -> Files:
+    features = {"image": datasets.Image(), "edges": datasets.Image(), "text": datasets.Value("string")}
+    stored = [{"bytes": image, "path": None} for image in images]
+    hints = [{"bytes": png((n, n, n)), "path": None} for n in range(NUM_IMAGES)]
+    table = datasets.Dataset.from_dict(
+        {"image": stored, "edges": hints, "text": CAPTIONS}, features=datasets.Features(features)
+    )
+    buffer = io.BytesIO()
+    table.to_parquet(buffer)
+    return {"data/train-00000-of-00001.parquet": buffer.getvalue()}
+
+
+def folder_with_hints(images: list[bytes]) -> Files:
+    files = {f"train/edges/{n:02}.png": png((n, n, n)) for n in range(NUM_IMAGES)}
+    rows = [
+        {"file_name": f"{n:02}.png", "edges_file_name": f"edges/{n:02}.png", "text": caption}
+        for n, caption in enumerate(CAPTIONS)
+    ]
+    return image_folder(images) | files | {"train/metadata.jsonl": "\n".join(map(json.dumps, rows)).encode()}
+
+
+def zip_with_hints(images: list[bytes]) -> Files:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for path, data in folder_with_hints(images).items():
+            archive.writestr(path.removeprefix("train/"), data)
+    return {"data/train.zip": buffer.getvalue()}
+
+
+@pytest.mark.parametrize(
+    ("layout", "origin"),
+    [
+        (parquet_with_hints, "edges"),
+        (folder_with_hints, "train/edges/{0:02}.png"),
+        (zip_with_hints, "zip://edges/{0:02}.png::data/train.zip"),
+    ],
+)
+def test_every_image_of_a_hub_data_set_has_its_hint(hub, client, images, out, layout, origin):
+    repo = f"acme/{layout.__name__}"
+    hub.add(repo, layout(images), kind="datasets")
+    succeed(client.build_dataset(out, repo=repo, condition_columns={"hint": "edges"}, **HUB_DATA))
+    kept = {row["caption"]: row["hint"] for row in rows_of(out)}
+    assert kept == {CAPTIONS[n]: png((n, n, n)) for n in range(NUM_IMAGES) if n != BROKEN}
+    assert read_json(out / "manifest.json")["conditions"] == {"hint": {"channels": 1}}
+    with (out / "inputs.csv").open(newline="") as file:
+        assert [row["hint"] for row in csv.DictReader(file)] == [origin.format(n) for n in range(NUM_IMAGES)]
+
+
+def test_files_of_a_hub_data_set_in_a_misleading_order_are_refused(hub, client, images, out):
+    """Datasets would take the images for the hints."""
+    files = folder_with_hints(images)
+    rows = [json.loads(line) for line in files["train/metadata.jsonl"].splitlines()]
+    rows = [{name: row[name] for name in ("edges_file_name", "file_name", "text")} for row in rows]
+    files["train/metadata.jsonl"] = "\n".join(map(json.dumps, rows)).encode()
+    hub.add("acme/misordered", files, kind="datasets")
+    assert refusal(client.build_dataset, out, repo="acme/misordered", **HUB_DATA) == (
+        "dataset.repo = 'acme/misordered': file_name must stand before edges_file_name in the metadata"
+    )
+
+
 def test_a_damaged_zip_member_is_dropped(hub, client, images, out):
     files = zipped_image_folder(images)
     stored = files["data/train.zip"]
@@ -909,8 +969,12 @@ def test_a_data_set_is_read_at_the_commit_that_is_recorded(hub, client, images, 
             {"repo": "acme/shapes", "image_column": "images"},
             "dataset.image_column = 'images': no such column; there are image, text; nearest is 'image'",
         ),
+        (
+            {"repo": "acme/shapes", "condition_columns": {"hint": "edges"}},
+            "dataset.condition_columns.hint = 'edges': no such column; there are image, text; nearest is 'image'",
+        ),
     ],
-    ids=["no repository", "moved", "no revision", "no split", "no caption column", "no image column"],
+    ids=["no repository", "moved", "no revision", "no split", "no caption column", "no image column", "no hints"],
 )
 def test_a_wrong_name_in_a_data_set_is_refused(hub, client, images, out, changes, message):
     hub.add("acme/shapes", parquet_files(images), kind="datasets")

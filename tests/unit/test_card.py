@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sdtrain import cli
 from sdtrain.card import write_card
@@ -88,7 +89,7 @@ class Project:
         config = {"block_out_channels": [unet[0], 96], "cross_attention_dim": unet[1], "_class_name": "…"}
         self.write(self.base / "unet" / "config.json", config)
         self.samples.mkdir(exist_ok=True)
-        Image.new("RGB", (4, 4), "red").save(self.samples / "grid.png")
+        self.draw_grid([])
         root = Path(__file__).resolve().parents[2]
         numbers = json.loads((root / "metrics" / "evaluate.json").read_text())
         table = (root / "metrics" / "prompt_accuracy.csv").read_text()
@@ -98,6 +99,12 @@ class Project:
         self.write(self.metrics, numbers)
         self.accuracies.write_text(table)
         return self
+
+    def draw_grid(self, captions: list[str]) -> None:
+        """As the stage `sample` saves it."""
+        text = PngInfo()
+        text.add_text("captions", json.dumps(captions))
+        Image.new("RGB", (4, 4), "red").save(self.samples / "grid.png", pnginfo=text)
 
     @staticmethod
     def write(path: Path, tree: object) -> None:
@@ -120,6 +127,7 @@ def project(tmp_path, make_params) -> Project:
     return Project(tmp_path, make_params)
 
 
+CONTROLNET = {"name": "controlnet", "start": "unet"}
 PIPELINE = {"model_index.json": 0, "unet/diffusion_pytorch_model.safetensors": 3, "vae/model.safetensors": 1}
 MERGED = {f"merged/{name}": size for name, size in PIPELINE.items()}
 ADAPTER = {"pytorch_lora_weights.safetensors": 2, "sdtrain.safetensors": 2}
@@ -674,7 +682,8 @@ def test_any_prompt_and_repository_keep_the_cards_structure(project, prompt, nam
         (lambda p: p.write(p.model / "training_config.json", {**p.config, "params": {"seed": 0}}),
          r"model/training_config\.json: params\.base: Field required; run `dvc repro export`"),
         (lambda p: (p.model / "model_index.json").unlink(),
-         r"model: has no model_index\.json, pytorch_lora_weights\.safetensors or merged/; run `dvc repro export`"),
+         r"model: has no model_index\.json, pytorch_lora_weights\.safetensors, diffusion_pytorch_model\.safetensors or "
+         r"merged/; run `dvc repro export`"),
         (lambda p: p.metrics.unlink(), r"evaluate\.json: no such file; run `dvc repro evaluate`"),
         (lambda p: p.metrics.write_text("[]"), r"evaluate\.json: Input should be .*dict.*; run `dvc repro evaluate`"),
         (lambda p: p.metrics.write_text("{"), r"evaluate\.json: not valid JSON.*; run `dvc repro evaluate`"),
@@ -723,12 +732,40 @@ def test_shipped_params_make_a_card(project, root):
         project.params = load_params(path)
         project.config["params"] = project.params.model_dump()
         project.write(project.model / "training_config.json", project.config)
+        rows = project.params.sample.prompts or ["what the grid says", "of its rows"]
+        project.draw_grid(rows)
         card = project.card()
-        assert [row for row in project.params.sample.prompts if row in spans(card)] == project.params.sample.prompts
+        assert [row for row in rows if row in spans(card)] == rows
 
 
 def test_every_method_has_its_words(project):
     for section in get_args(get_args(MethodParams)[0]):
         (name,) = get_args(section.model_fields["name"].annotation)
-        project.build(files=PIPELINE, method=LORA if name == "lora" else {"name": name})
+        methods = {"lora": LORA, "controlnet": CONTROLNET}
+        project.build(files=PIPELINE, method=methods.get(name, {"name": name}))
         assert project.card()
+
+
+def test_a_controlnet_is_loaded_with_its_base_and_a_hint(project):
+    files = {"diffusion_pytorch_model.safetensors": 3, "sdtrain.safetensors": 3}
+    project.build(files=files, method=CONTROLNET)
+    project.params = project.make_params(
+        method=CONTROLNET,
+        dataset={"condition_columns": {"hint": "outline"}},
+        sample={"prompts": [], "num_held_out": 2},
+    )
+    with pytest.raises(
+        InputError, match=r"grid\.png: has no captions, as sample.num_held_out wants; run `dvc repro sam"
+    ):
+        Image.new("RGB", (4, 4)).save(project.samples / "grid.png")
+        project.card()
+    project.draw_grid(["an old house", "a tree"])
+    card = project.card()
+    assert "ControlNetModel.from_pretrained" in card
+    assert "StableDiffusionControlNetPipeline.from_pretrained(" in card
+    assert "image=load_image('hint.png')," in card
+    assert "'an old house'," in card
+    assert "--hint hint.png" in card
+    assert "`models/controlnet/`" in card
+    assert "of which the base sees the captions alone" in card
+    assert [row for row in ("an old house", "a tree") if row in spans(card)] == ["an old house", "a tree"]

@@ -261,12 +261,8 @@ RULE_CASES = [
         "dataset.condition_columns.hint = 'hints/*.png': only an imagefolder has files beside its images; name a colu",
     ),
     (
-        {**CONTROLNET, **IMAGEFOLDER, "dataset__condition_columns": {"hint": "*/*.png"}},
-        "dataset.condition_columns.hint = '*/*.png': write one *, which stands for the image's path without its suffix",
-    ),
-    (
         {**CONTROLNET, **IMAGEFOLDER, "dataset__condition_columns": {"hint": "image"}},
-        "dataset.condition_columns.hint = 'image': is dataset.image_column, too; name the column that tells the model",
+        "dataset.condition_columns.hint = 'image': is dataset.image_column, too; name the column that tells",
     ),
     ({"sample__prompts": []}, "sample.prompts = []: the grid needs a prompt or more"),
     (

@@ -1,6 +1,7 @@
 """Images: from any file to clean RGB, and from RGB to the VAE's square of pixels."""
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ _TURNS = {
 }
 """EXIF orientation to the transpose that makes the image upright; 1 is upright already."""
 _WIDE_GREYS = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+_GREYS = ("1", "L", "LA", *_WIDE_GREYS)
 _SCALED_TO_16_BITS = ("PNG", "JPEG2000", "PPM")
 """Formats whose greys of more than 8 bits Pillow scales to 0..65535, whatever the file's bit depth."""
 
@@ -30,16 +32,17 @@ class BadImage(Exception):
     """The file can't be used; the message says why, in a few words."""
 
 
-def clean_image(source: bytes | str, background: str) -> tuple[bytes, Image.Image, str]:
+def clean_image(source: bytes | str, background: str, keep_grey: bool = False) -> tuple[bytes, Image.Image, str]:
     """Decode an image completely and make it plain RGB, upright and opaque.
 
     Args:
         source: the file's bytes, or its path.
-        background: colour behind transparent parts, `#rrggbb`.
+        background: colour behind transparent parts, `#rrggbb`; a grey with `keep_grey`.
+        keep_grey: leave the one channel (L) of a file that has no colours.
 
     Returns:
         The bytes to store, the decoded image, and a note on what was odd about it, usually empty. The
-        original bytes are kept where the file is RGB, upright and opaque already; else they are those
+        original bytes are kept where the file is plain, upright and opaque already; else they are those
         of a PNG of the cleaned image.
 
     Raises:
@@ -53,23 +56,24 @@ def clean_image(source: bytes | str, background: str) -> tuple[bytes, Image.Imag
     except (OSError, ValueError) as error:
         raise BadImage(f"can't be read: {_cause(error)}") from None
     try:
-        return _clean(data, background)
+        return _clean(data, background, keep_grey)
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # Pillow's plugins raise anything on a damaged file
         raise BadImage(f"can't be decoded: {_cause(error)}") from None
 
 
-def _clean(data: bytes, background: str) -> tuple[bytes, Image.Image, str]:
+def _clean(data: bytes, background: str, keep_grey: bool) -> tuple[bytes, Image.Image, str]:
     opened, data = _open(data)
     with opened:
         opened.load()
         orientation, note = _orientation(opened)
         image = _eight_bits(opened)
         image = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image.copy()
-    if image.mode == "RGB" and orientation == 1 and "transparency" not in image.info:
+        mode = "L" if keep_grey and opened.mode in _GREYS else "RGB"
+    if opened.mode == mode and orientation == 1 and "transparency" not in image.info:
         return data, image, note
-    image = _flatten(image, background)
+    image = _flatten(image, background, mode)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue(), image, note
@@ -164,11 +168,11 @@ def _eight_bits(opened: Image.Image) -> Image.Image:
     return grey
 
 
-def _flatten(image: Image.Image, background: str) -> Image.Image:
+def _flatten(image: Image.Image, background: str, mode: str) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
-    return image.convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert(mode)
+    return image.convert(mode)
 
 
 def decode_rgb(data: bytes) -> Image.Image:
@@ -176,19 +180,26 @@ def decode_rgb(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
-def square_pixels(image: Image.Image, resolution: int, center_crop: bool, seed: int, sample_id: str) -> np.ndarray:
-    """Resize the shorter side to `resolution` (Lanczos), crop, and scale: float32 [3, R, R] in -1..1."""
-    size, box = crop_of(image.size, resolution, center_crop, seed, sample_id)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    square = np.asarray(image.crop(box), dtype=np.float32)
-    return square.transpose(2, 0, 1) / 127.5 - 1
+@dataclass(frozen=True)
+class Crop:
+    """Which square of an image is used, so that what belongs to the image can be cropped alike."""
+
+    width: int
+    """Of the whole image once resized, px; one of width and height is the square's side."""
+    height: int
+    left: int
+    """Of the square, px of the resized image."""
+    top: int
+    side: int
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom, for Pillow."""
+        return self.left, self.top, self.left + self.side, self.top + self.side
 
 
-def crop_of(
-    size: tuple[int, int], resolution: int, center_crop: bool, seed: int, sample_id: str
-) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """The size to resize an image to, its shorter side `resolution`, and the square's box (left, top, right, bottom).
+def draw_crop(size: tuple[int, int], resolution: int, center_crop: bool, seed: int, sample_id: str) -> Crop:
+    """The crop of an image of `size` (width, height): its shorter side becomes `resolution`.
 
     Without `center_crop` the crop's position is drawn from (seed, sample id).
     """
@@ -199,4 +210,13 @@ def crop_of(
     else:
         rng = randomness.generator(seed, "crop", randomness.hash64(sample_id))
         left, top = rng.integers(0, [width - resolution + 1, height - resolution + 1]).tolist()
-    return (width, height), (left, top, left + resolution, top + resolution)
+    return Crop(width, height, left, top, resolution)
+
+
+def square_pixels(image: Image.Image, resolution: int, center_crop: bool, seed: int, sample_id: str) -> np.ndarray:
+    """Resize the shorter side to `resolution` (Lanczos), crop, and scale: float32 [3, R, R] in -1..1."""
+    crop = draw_crop(image.size, resolution, center_crop, seed, sample_id)
+    if (crop.width, crop.height) != image.size:
+        image = image.resize((crop.width, crop.height), Image.Resampling.LANCZOS)
+    square = np.asarray(image.crop(crop.box), dtype=np.float32)
+    return square.transpose(2, 0, 1) / 127.5 - 1

@@ -1,20 +1,22 @@
 """A small world of captioned scenes whose content can be checked by arithmetic.
 
-A scene is one flat shape on a flat background. `render` draws it with anti-aliasing at a placement, `caption`
-puts it into words, and `measure` reads colour, shape, size, position and style back from any
-image by fitting templates, so that *prompt accuracy* needs no other model. `outline` is an exact hint for a
-ControlNet, and `coverage` with `object_mask` tells whether an image follows it.
+A scene is one flat shape on a flat background. `render` draws it with anti-aliasing where a
+`Placement` says, `caption` puts it into words, and `measure` reads colour, shape, size, position and
+style back from any image by fitting templates, so that *prompt accuracy* needs no other model.
 
 The world has two parts. The base model's UNet was trained on `KNOWN` only; the default job
-fine-tunes it on scenes that also show `NEW` concepts.
+fine-tunes it on scenes that also show `NEW` concepts. `draw_example` draws from it in two ways: `shapes`
+have one of the named sizes and places, `free_shapes` any, of which their captions say nothing:
+their `outline` or `coverage` tells.
 """
 
 import io
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 SIZE_PX = 64
 """Width and height of a rendered scene."""
@@ -24,9 +26,9 @@ _OUTLINE_RGB = (20, 20, 20)
 _OUTLINE_WIDTH_PX = 2.5  # drawn inward from the shape's edge
 _ANCHOR_JITTER_PX = 1.5
 _RADIUS_JITTER = 0.05
-_FREE_RADII_PX = (9.5, 16.8)  # what the words small and large span, with their jitter
-_FREE_MARGIN = 1.2  # radii between a freely placed centre and the border: the farthest corner of any shape
-_HINT_WIDTH_PX = 1.5  # of an outline, drawn inward from the shape's edge
+_FREE_RADII_PX = (9.5, 16.8)  # from the smallest to the largest that a jittered size has
+_EXTENT = 1.2  # no shape reaches further from its centre, left or right, up or down, in radii
+_EDGE_WIDTH_PX = 1.5
 _MIN_AREA_PX = 40
 _CONTRAST = 55.0  # RGB distance from the background that counts as an object
 
@@ -116,6 +118,29 @@ class Scene:
         return tuple(new + ([self.background] if self.background in NEW["color"] else []))
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where a scene's shape is, and how large."""
+
+    center: tuple[float, float]
+    """x and y, px from the top left corner."""
+    radius: float
+    """px; the unit of `SHAPES`."""
+
+
+def draw_example(
+    world: Literal["shapes", "free_shapes"], new_fraction: float, rng: np.random.Generator
+) -> tuple[Scene, Placement, str]:
+    """A scene of the world, its placement and its caption; it shows a new concept with probability `new_fraction`."""
+    scene = draw_scene(rng, new=bool(rng.random() < new_fraction))
+    if world == "shapes":
+        placement = place(scene, rng)
+        return scene, placement, draw_caption(scene, rng)
+    placement = place_freely(rng)
+    scene = replace(scene, size=_nearest_size(placement.radius), position=_nearest_position(placement.center))
+    return scene, placement, caption(scene, omit=("size", "position"))
+
+
 def draw_scene(rng: np.random.Generator, new: bool, known_background: bool = False) -> Scene:
     """A random scene: of known concepts only, or (`new`) with at least one new concept.
 
@@ -160,25 +185,18 @@ def draw_caption(scene: Scene, rng: np.random.Generator) -> str:
     return caption(scene, omit=(str(rng.choice(["size", "position", "background"])),))
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where a scene's shape is, in px; x to the right, y downward."""
-
-    center: tuple[float, float]
-    radius: float
-
-
 def place(scene: Scene, rng: np.random.Generator) -> Placement:
-    """A placement as the scene's words say, with a jitter."""
-    x, y = np.array(ANCHORS_PX[scene.position]) + rng.uniform(-_ANCHOR_JITTER_PX, _ANCHOR_JITTER_PX, 2)
-    return Placement((float(x), float(y)), RADII_PX[scene.size] * (1 + rng.uniform(-_RADIUS_JITTER, _RADIUS_JITTER)))
+    """The place and size that the scene names, with a jitter."""
+    center = np.array(ANCHORS_PX[scene.position]) + rng.uniform(-_ANCHOR_JITTER_PX, _ANCHOR_JITTER_PX, 2)
+    radius = RADII_PX[scene.size] * (1 + rng.uniform(-_RADIUS_JITTER, _RADIUS_JITTER))
+    return Placement(tuple(center.tolist()), float(radius))
 
 
 def place_freely(rng: np.random.Generator) -> Placement:
-    """A placement of any size and anywhere inside the image."""
+    """Any size and any place at which the whole shape is in the image, uniformly."""
     radius = rng.uniform(*_FREE_RADII_PX)
-    x, y = rng.uniform(_FREE_MARGIN * radius, SIZE_PX - _FREE_MARGIN * radius, 2)
-    return Placement((float(x), float(y)), radius)
+    center = rng.uniform(_EXTENT * radius, SIZE_PX - _EXTENT * radius, 2)
+    return Placement(tuple(center.tolist()), float(radius))
 
 
 def render(scene: Scene, placement: Placement) -> Image.Image:
@@ -194,58 +212,33 @@ def render(scene: Scene, placement: Placement) -> Image.Image:
 
 
 def outline(scene: Scene, placement: Placement) -> Image.Image:
-    """The shape's inner edge, white on black, L [64, 64]."""
-    edge = _coverage(scene.shape, placement) - _coverage(scene.shape, placement, inset_px=_HINT_WIDTH_PX)
-    return Image.fromarray((255 * edge).round().astype(np.uint8))
+    """The shape's edge, 1.5 px wide inward, white on black, anti-aliased: L [64, 64]."""
+    center, radius = np.array(placement.center), placement.radius
+    inner = _mask(scene.shape, center, radius, inset_px=_EDGE_WIDTH_PX)
+    return ImageChops.subtract(_mask(scene.shape, center, radius), inner).reduce(_SUPERSAMPLING)
 
 
 def coverage(scene: Scene, placement: Placement) -> np.ndarray:
     """The share of each pixel that the shape covers, float32 [64, 64] in 0..1."""
-    return _coverage(scene.shape, placement)
+    return _coverage(scene.shape, np.array(placement.center), placement.radius)
 
 
-def iou(first: np.ndarray, second: np.ndarray) -> float:
-    """Intersection over union of two masks in 0..1: sums of minima and maxima; 0 if both are empty."""
-    union = np.maximum(first, second).sum()
-    return float(np.minimum(first, second).sum() / union) if union else 0.0
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Soft intersection over union of two masks in 0..1: the sum of their minima over the sum of their maxima.
+
+    0 where both are empty: an image that shows nothing agrees with no mask.
+    """
+    union = np.maximum(a, b).sum()
+    return float(np.minimum(a, b).sum() / union) if union else 0.0
 
 
 def object_mask(image: Image.Image) -> np.ndarray | None:
-    """The mask of what an image shows on its background, float32 [64, 64] in 0..1; None where it shows no object."""
-    pixels = _pixels(image)
-    return _mask_of(pixels, _background_of(pixels))
+    """How much of each pixel is the object's, float32 [64, 64] in 0..1, as `measure` sees it; None where it sees none.
 
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    """RGB float32 [64, 64, 3] in 0..255."""
-    if image.size != (SIZE_PX, SIZE_PX):
-        image = image.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
-    return np.asarray(image.convert("RGB"), dtype=np.float32)
-
-
-def _background_of(pixels: np.ndarray) -> np.ndarray:
-    """The border's median colour, RGB [3]."""
-    border = np.concatenate(
-        [
-            pixels[:2].reshape(-1, 3),
-            pixels[-2:].reshape(-1, 3),
-            pixels[:, :2].reshape(-1, 3),
-            pixels[:, -2:].reshape(-1, 3),
-        ]
-    )
-    return np.median(border, axis=0)
-
-
-def _mask_of(pixels: np.ndarray, background: np.ndarray) -> np.ndarray | None:
-    """What differs from the background, as `object_mask` returns it."""
-    distance = np.linalg.norm(pixels - background, axis=2)
-    if (distance > _CONTRAST).sum() < _MIN_AREA_PX:
-        return None
-    ink_contrast = np.linalg.norm(background - _OUTLINE_RGB)  # an outline must not weigh less than the fill
-    contrast = min(np.median(distance[distance > _CONTRAST]), ink_contrast)
-    mask = np.clip(distance / contrast, 0, 1)
-    mask[mask < 0.35] = 0
-    return mask
+    An image of another size is scaled first.
+    """
+    found = _find_object(image)
+    return None if found is None else found[2].astype(np.float32)
 
 
 def measure(image: Image.Image) -> Scene | None:
@@ -255,11 +248,10 @@ def measure(image: Image.Image) -> Scene | None:
     polygon is scaled to the mask's area and moved to its centroid; the best intersection over
     union names the shape. Colours are the nearest of `COLORS` in RGB.
     """
-    pixels = _pixels(image)
-    background = _background_of(pixels)
-    mask = _mask_of(pixels, background)
-    if mask is None:
+    found = _find_object(image)
+    if found is None:
         return None
+    pixels, background, mask = found
     area = mask.sum()
     ys, xs = np.mgrid[:SIZE_PX, :SIZE_PX] + 0.5
     centroid = np.array([(mask * xs).sum(), (mask * ys).sum()]) / area
@@ -269,24 +261,47 @@ def measure(image: Image.Image) -> Scene | None:
         unit_area, unit_centroid = _area_and_centroid(polygon)
         radius = math.sqrt(area / unit_area)
         center = centroid - radius * unit_centroid
-        fit = iou(mask, _coverage(shape, Placement(tuple(center), radius)))
-        best = max(best, (fit, shape, center, radius), key=lambda found: found[0])
+        template = _coverage(shape, center, radius)
+        best = max(best, (iou(mask, template), shape, center, radius), key=lambda fit: fit[0])
     _, shape, center, radius = best
 
-    found = Placement(tuple(center), radius)
-    core = _coverage(shape, found, inset_px=_OUTLINE_WIDTH_PX + 1)
+    core = _coverage(shape, center, radius, inset_px=_OUTLINE_WIDTH_PX + 1)
     inside = np.median(pixels[core >= min(0.9, core.max())], axis=0)
-    rim = (_coverage(shape, found, inset_px=0.5) > 0.9) & (_coverage(shape, found, inset_px=2) < 0.1)
+    rim = (_coverage(shape, center, radius, inset_px=0.5) > 0.9) & (_coverage(shape, center, radius, inset_px=2) < 0.1)
     ink = np.linalg.norm(pixels[rim] - np.array(_OUTLINE_RGB), axis=1)
     outlined = rim.any() and np.mean(ink < np.linalg.norm(pixels[rim] - inside, axis=1)) > 0.5
     return Scene(
         color=_nearest_color(inside),
         shape=shape,
-        size=min(RADII_PX, key=lambda name: abs(RADII_PX[name] - radius)),
-        position=min(ANCHORS_PX, key=lambda name: math.dist(ANCHORS_PX[name], center)),
+        size=_nearest_size(radius),
+        position=_nearest_position(center),
         background=_nearest_color(background),
         style="outlined" if outlined else "plain",
     )
+
+
+def _find_object(image: Image.Image) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """The image's pixels [64, 64, 3], its background's colour [3], and the object's soft mask [64, 64]."""
+    if image.size != (SIZE_PX, SIZE_PX):
+        image = image.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    border = np.concatenate(
+        [
+            pixels[:2].reshape(-1, 3),
+            pixels[-2:].reshape(-1, 3),
+            pixels[:, :2].reshape(-1, 3),
+            pixels[:, -2:].reshape(-1, 3),
+        ]
+    )
+    background = np.median(border, axis=0)
+    distance = np.linalg.norm(pixels - background, axis=2)
+    if (distance > _CONTRAST).sum() < _MIN_AREA_PX:
+        return None
+    ink_contrast = np.linalg.norm(background - _OUTLINE_RGB)  # an outline must not weigh less than the fill
+    contrast = min(np.median(distance[distance > _CONTRAST]), ink_contrast)
+    mask = np.clip(distance / contrast, 0, 1)
+    mask[mask < 0.35] = 0
+    return pixels, background, mask
 
 
 def _mask(shape: str, center: np.ndarray, radius: float, inset_px: float = 0.0) -> Image.Image:
@@ -300,10 +315,9 @@ def _mask(shape: str, center: np.ndarray, radius: float, inset_px: float = 0.0) 
     return mask
 
 
-def _coverage(shape: str, placement: Placement, inset_px: float = 0.0) -> np.ndarray:
-    """The share of each pixel that the shape, shrunk by `inset_px`, covers, [64, 64] in 0..1."""
-    mask = _mask(shape, np.array(placement.center), placement.radius, inset_px)
-    return np.asarray(mask.reduce(_SUPERSAMPLING), dtype=np.float32) / 255
+def _coverage(shape: str, center: np.ndarray, radius: float, inset_px: float = 0.0) -> np.ndarray:
+    """The share of each pixel that the shape covers, [64, 64] in 0..1."""
+    return np.asarray(_mask(shape, center, radius, inset_px).reduce(_SUPERSAMPLING), dtype=np.float32) / 255
 
 
 def _area_and_centroid(polygon: np.ndarray) -> tuple[float, np.ndarray]:
@@ -316,6 +330,14 @@ def _area_and_centroid(polygon: np.ndarray) -> tuple[float, np.ndarray]:
 
 def _nearest_color(rgb: np.ndarray) -> str:
     return min(COLORS, key=lambda name: float(np.linalg.norm(np.array(COLORS[name]) - rgb)))
+
+
+def _nearest_size(radius: float) -> str:
+    return min(RADII_PX, key=lambda name: abs(RADII_PX[name] - radius))
+
+
+def _nearest_position(center: np.ndarray | tuple[float, float]) -> str:
+    return min(ANCHORS_PX, key=lambda name: math.dist(ANCHORS_PX[name], center))
 
 
 def png_bytes(image: Image.Image) -> bytes:

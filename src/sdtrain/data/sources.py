@@ -1,11 +1,12 @@
 """Where captioned images come from: generated scenes, the hub, or files, read with Hugging Face Datasets.
 
-A source yields candidates: images as undecoded bytes or paths, and captions as found. `dataset.py`
-decides which of them are usable.
+A source yields candidates: images and their conditions as undecoded bytes or paths, and captions as found.
+`dataset.py` decides which of them are usable.
 """
 
 import difflib
 import glob
+import os
 import re
 import tarfile
 import zipfile
@@ -32,23 +33,23 @@ _CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 
 
 @dataclass(frozen=True)
-class Found:
-    """A condition as found: its bytes or path, and its name in the source."""
+class File:
+    """Undecoded bytes or a path, None where the source has neither, and where in the source that is from."""
 
     data: bytes | str | None
-    name: str
+    origin: str
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One input: its name in the source, the image's bytes or path, and the caption as found."""
+    """One input: its name in the source, the image's bytes or path, the caption as found, and what belongs to them."""
 
     name: str
     image: bytes | str | None
     caption: Any
-    conditions: dict[str, Found] = field(default_factory=dict)
+    conditions: dict[str, File] = field(default_factory=dict)
     group: Any = None
-    """Inputs of one group stay in one split; None is a group of its own."""
+    """Candidates of an equal group stay in one split; None is no group."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,45 @@ class Source:
     """A candidate's name, without reading it."""
     unlisted: Sequence[str] = ()
     """Names of images that the source's metadata doesn't list, or that Datasets doesn't read."""
+
+
+@dataclass(frozen=True)
+class FilePattern:
+    """Files beside an image folder's images, such as `hints/*.png`."""
+
+    before: str
+    after: str
+
+    def beside(self, name: str) -> str:
+        """The file that belongs to an image: * is the image's path without its suffix. Both relative to the folder."""
+        return f"{self.before}{Path(name).with_suffix('')}{self.after}"
+
+    def matches(self, name: str) -> bool:
+        """Whether a file of the folder is one of these, and so no image of its own."""
+        length = len(self.before) + len(self.after)
+        return len(name) > length and name.startswith(self.before) and name.endswith(self.after)
+
+
+def file_patterns(params: DatasetParams) -> dict[str, FilePattern]:
+    """The conditions that are files beside an image folder's images.
+
+    Raises:
+        InputError: a pattern has more than one *, or leaves the folder.
+    """
+    if params.source != "imagefolder":
+        return {}
+    patterns = {}
+    for name, text in params.condition_columns.items():
+        if "*" not in text:
+            continue
+        path = os.path.normpath(text)
+        if path.count("*") > 1 or os.path.isabs(path) or path.startswith(f"..{os.sep}"):
+            raise InputError(
+                f"dataset.condition_columns.{name} = {text!r}: expected files in dataset.path with one * for the "
+                "image's path without its suffix, such as 'hints/*.png'"
+            )
+        patterns[name] = FilePattern(*path.split("*"))
+    return patterns
 
 
 def open_source(params: DatasetParams, seed: int, scratch: str) -> Source:
@@ -81,36 +121,36 @@ def open_source(params: DatasetParams, seed: int, scratch: str) -> Source:
     if params.source == "imagefolder":
         source = _imagefolder(table, source, params)
     if params.max_train_samples is not None:
-        shuffled = randomness.generator(seed, "max_train_samples").permutation(len(table))
+        shuffled = randomness.generator(seed, "max_train_samples").permutation(len(source.order))
         source = replace(source, order=[source.order[i] for i in shuffled])
     return source
 
 
+def generated_record(params: DatasetParams) -> dict:
+    """What the manifest says of generated scenes."""
+    record = {"generated": params.num_scenes}
+    if params.world != "shapes":
+        record |= {"world": params.world, "new_fraction": params.new_fraction}
+    return record
+
+
 def _generated(params: DatasetParams, seed: int) -> Source:
     for name, column in params.condition_columns.items():
-        if column != "outline":
-            raise InputError(f"dataset.condition_columns.{name} = {column!r}: no such column; 'generated' has outline")
-    return Source(generated_record(params), range(params.num_scenes), partial(draw_candidate, params, seed))
+        if column not in _DRAWN:
+            raise InputError(_no_such_column(f"condition_columns.{name}", column, list(_DRAWN)))
+    return Source(generated_record(params), range(params.num_scenes), partial(draw_scene, params, seed))
 
 
-def generated_record(params: DatasetParams) -> dict:
-    """What the manifest records of the generated world."""
-    record = {"generated": params.num_scenes}
-    return (
-        record if params.world == "shapes" else {**record, "world": params.world, "new_fraction": params.new_fraction}
-    )
+_DRAWN = {"outline": scenes.outline}
+"""Columns of generated scenes besides image and caption."""
 
 
-def draw_candidate(params: DatasetParams, seed: int, index: int) -> Candidate:
-    """The scene at `index` of the generated world."""
+def draw_scene(params: DatasetParams, seed: int, index: int) -> Candidate:
+    """The scene that the source `generated` has at `index`."""
     rng = randomness.generator(seed, "scene", index)
-    scene = scenes.draw_scene(rng, new=bool(rng.random() < params.new_fraction))
-    if params.world == "free_shapes":
-        placement, caption = scenes.place_freely(rng), scenes.caption(scene, omit=("size", "position"))
-    else:
-        placement, caption = scenes.place(scene, rng), scenes.draw_caption(scene, rng)
+    scene, placement, caption = scenes.draw_example(params.world, params.new_fraction, rng)
     conditions = {
-        name: Found(scenes.png_bytes(scenes.outline(scene, placement)), column)
+        name: File(scenes.png_bytes(_DRAWN[column](scene, placement)), column)
         for name, column in params.condition_columns.items()
     }
     return Candidate(f"row {index}", scenes.png_bytes(scenes.render(scene, placement)), caption, conditions)
@@ -139,6 +179,7 @@ def _from_hub(params: DatasetParams, scratch: str) -> tuple[dict, "datasets.Data
             source.fetch([url.removeprefix(root) for url in urls])
             builder.download_and_prepare()  # uses these files from the hub's cache, and no table from its own
             table = builder.as_dataset(split=params.split)
+            _check_file_names(table, where)
         except InputError:
             raise
         except faults as error:
@@ -170,76 +211,108 @@ def _from_files(params: DatasetParams, scratch: str) -> tuple[dict, "datasets.Da
     except (datasets.exceptions.DatasetsError, ValueError, OSError, IndexError, tarfile.TarError) as error:
         cause = error.__cause__ or error
         raise InputError(f"dataset.path = '{path}': can't be read as {params.source}: {cause}") from None
+    _check_file_names(table, f"dataset.path = '{path}'")
     return {"path": str(path), "type": params.source}, table
 
 
 def _reader(table: "datasets.Dataset", params: DatasetParams) -> Callable[[int], Candidate]:
-    """A function from a row's number to its candidate, with the image left undecoded."""
-    import datasets
+    """A function from a row's number to its candidate, with the images left undecoded.
 
-    columns = table.column_names
-    conditions = {name: column for name, column in params.condition_columns.items() if not _is_pattern(column)}
-    needed = {"image_column": params.image_column, "caption_column": params.caption_column}
-    needed |= {f"condition_columns.{name}": column for name, column in conditions.items()}
+    Only the columns in use are read: Datasets would decode others, and fail where it can't.
+    """
+    patterns = file_patterns(params)
+    conditions = {name: column for name, column in params.condition_columns.items() if name not in patterns}
+    files = {"image_column": params.image_column}
+    files |= {f"condition_columns.{name}": column for name, column in sorted(conditions.items())}
+    values = {"caption_column": params.caption_column}
+    if params.source == "imagefolder" and params.caption_column not in table.column_names:
+        values = {}  # a .txt file beside each image may hold it
     if params.group_column is not None:
-        needed["group_column"] = params.group_column
-    if params.source == "imagefolder" and params.caption_column not in columns:
-        needed.pop("caption_column")  # a .txt file beside each image may hold it
-    for key, name in needed.items():
-        if name not in columns:
-            near = difflib.get_close_matches(name, columns, n=1, cutoff=0.0)
-            raise InputError(
-                f"dataset.{key} = {name!r}: no such column; there are {', '.join(columns)}"
-                + (f"; nearest is {near[0]!r}" if near else "")
-            )
-    pictures = {"image_column": params.image_column}
-    pictures |= {f"condition_columns.{name}": column for name, column in conditions.items()}
-    for key, column in pictures.items():
-        try:
-            table = table.cast_column(column, datasets.Image(decode=False))
-        except (TypeError, ValueError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
-            raise InputError(f"dataset.{key} = {column!r}: doesn't hold images: {error}") from None
+        values["group_column"] = params.group_column
+    for key, name in (files | values).items():
+        if name not in table.column_names:
+            raise InputError(_no_such_column(key, name, table.column_names))
+    _check_groups(table, params.group_column)
+    table = table.select_columns(list(dict.fromkeys((files | values).values())))
+    for key, name in files.items():
+        table = _undecoded(table, key, name)
     archive = lru_cache(maxsize=8)(zipfile.ZipFile)
 
-    def picture(image: dict | None) -> tuple[bytes | str | None, str | None]:
-        """What there is of an image, and its path."""
-        image = image or {"bytes": None, "path": None}
-        data, path = image["bytes"], image["path"]
+    def file(row: dict, column: str) -> File:
+        found = row[column] or {"bytes": None, "path": None}
+        data, path = found["bytes"], found["path"]
         if not data and path and path.startswith("zip://"):  # zip://<member>::<archive>
-            member, _, file = path.removeprefix("zip://").partition("::")
+            member, _, name = path.removeprefix("zip://").partition("::")
             try:
-                data = archive(file).read(member)
+                data = archive(name).read(member)
             except zipfile.BadZipFile:
                 data = b"damaged"  # so that it is dropped as undecodable
-        return data or path, path and _HUB_CACHE.sub("", path)
+        return File(data or path, _HUB_CACHE.sub("", path) if path else "")
 
     def candidate(index: int) -> Candidate:
         row = table[index]
-        image, path = picture(row[params.image_column])
-        found = {name: (column, *picture(row[column])) for name, column in conditions.items()}
+        image = file(row, params.image_column)
+        others = {name: file(row, column) for name, column in conditions.items()}
         return Candidate(
-            f"row {index}" + (f" {path}" if path else ""),
-            image,
+            f"row {index}" + (f" {image.origin}" if image.origin else ""),
+            image.data,
             row.get(params.caption_column),
-            {name: Found(data, path or (column if data else "")) for name, (column, data, path) in found.items()},
-            row[params.group_column] if params.group_column is not None else None,
+            {n: replace(f, origin=conditions[n]) if f.data and not f.origin else f for n, f in others.items()},
+            _group(row.get(params.group_column)),
         )
 
     return candidate
 
 
-def _is_pattern(column: str) -> bool:
-    """Whether it names files beside the images instead of a column."""
-    return "*" in column
+def _no_such_column(key: str, name: str, columns: list[str]) -> str:
+    near = difflib.get_close_matches(name, columns, n=1, cutoff=0.0)
+    fault = f"dataset.{key} = {name!r}: no such column; there are {', '.join(columns)}"
+    return fault + (f"; nearest is {near[0]!r}" if near else "")
+
+
+def _undecoded(table: "datasets.Dataset", key: str, column: str) -> "datasets.Dataset":
+    import datasets
+
+    try:
+        return table.cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"dataset.{key} = {column!r}: doesn't hold images: {error}") from None
+
+
+def _check_groups(table: "datasets.Dataset", column: str | None) -> None:
+    import datasets
+
+    if column is not None and not isinstance(table.features[column], datasets.Value | datasets.ClassLabel):
+        raise InputError(f"dataset.group_column = {column!r}: doesn't hold texts or numbers: {table.features[column]}")
+
+
+def _group(value: Any) -> Any:
+    """None for a float that isn't a number, which is how a table may hold no value."""
+    return value if value == value else None
+
+
+def _check_file_names(table: "datasets.Dataset", where: str) -> None:
+    """Datasets gives what metadata calls `file_name` to its first column of files, which should be `image`.
+
+    Raises:
+        InputError: another column got the images.
+    """
+    import datasets
+
+    if table.info.builder_name != "imagefolder":
+        return
+    columns = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    if "image" in columns[1:] and len(table) and table.data.column("image").null_count == len(table):
+        raise InputError(f"{where}: file_name must stand before {columns[0]}_file_name in the metadata")
 
 
 def _imagefolder(table: "datasets.Dataset", source: Source, params: DatasetParams) -> Source:
     """Adds captions from `.txt` files where the metadata has none, sorts by name, and lists unread images.
 
     Sorted, because Datasets reads several metadata files in the order of a set, which differs from run to run.
+    Files of conditions are no images of their own.
     """
-    root = Path(params.path).resolve()
-    patterns = {name: column for name, column in params.condition_columns.items() if _is_pattern(column)}
+    root, patterns = Path(params.path).resolve(), file_patterns(params)
     has_captions = params.caption_column in table.column_names
     if not has_captions and not any(root.rglob("*.txt")):
         raise InputError(
@@ -247,40 +320,34 @@ def _imagefolder(table: "datasets.Dataset", source: Source, params: DatasetParam
             f"{', '.join(table.column_names)}, and there is no .txt file beside the images"
         )
 
-    def inside(path: str) -> str:
-        return str(Path(path).relative_to(root)) if Path(path).is_relative_to(root) else path
+    def inside(path: bytes | str | None) -> str | None:
+        return str(Path(path).relative_to(root)) if isinstance(path, str) and Path(path).is_relative_to(root) else None
 
     def named(index: int) -> Candidate:
         found = source.read(index)
-        return replace(found, name=inside(found.image)) if isinstance(found.image, str) else found
+        name, conditions = inside(found.image), found.conditions
+        conditions = {key: replace(file, origin=inside(file.data) or file.origin) for key, file in conditions.items()}
+        for key, pattern in patterns.items():
+            beside = pattern.beside(name) if name else ""
+            conditions[key] = File(str(root / beside) if name else None, beside)
+        return replace(found, name=name or found.name, conditions=conditions)
 
     def candidate(index: int) -> Candidate:
         found = named(index)
-        conditions = {
-            name: replace(given, name=inside(given.data)) if isinstance(given.data, str) else given
-            for name, given in found.conditions.items()
-        }
-        for name, pattern in patterns.items():
-            file = pattern.replace("*", str(Path(found.name).with_suffix("")), 1)
-            conditions[name] = Found(str(root / file), file) if (root / file).is_file() else Found(None, "")
-        found = replace(found, conditions=conditions)
         if has_captions or not isinstance(found.image, str):
             return found
         text = Path(found.image).with_suffix(".txt")
         return replace(found, caption=text.read_text(encoding="utf-8", errors="replace") if text.exists() else None)
 
-    columns = [name for name in params.condition_columns if name not in patterns]
-    keys, used = [], set()
-    for found in map(named, range(len(table))):
+    def is_condition(name: str) -> bool:
+        return any(pattern.matches(name) for pattern in patterns.values())
+
+    keys, listed = [], set()
+    for index in range(len(table)):
+        found = named(index)
         keys.append((found.name, str(found.caption)))
-        used |= {inside(given.data) for given in (found.conditions[name] for name in columns) if given.data}
-    matched = [re.compile(re.escape(pattern).replace(r"\*", "(.+)", 1)) for pattern in patterns.values()]
+        listed |= {found.name, *(file.origin for file in found.conditions.values())}
     images = {str(p.relative_to(root)) for p in root.rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES}
-    own = {name for name in images if any(pattern.fullmatch(name) for pattern in matched)}
-    unlisted = sorted(images.difference(used, own, (name for name, _ in keys)))
-    order = sorted((i for i in range(len(table)) if keys[i][0] not in own), key=keys.__getitem__)
-    if keys and not order:
-        raise InputError(
-            f"dataset.condition_columns = {patterns}: matches every image in '{params.path}'; none is left to train on"
-        )
+    unlisted = sorted(name for name in images - listed if not is_condition(name))
+    order = sorted((index for index in range(len(table)) if not is_condition(keys[index][0])), key=keys.__getitem__)
     return replace(source, order=order, read=candidate, name=lambda index: keys[index][0], unlisted=unlisted)

@@ -395,14 +395,9 @@ def _condition_columns_are_sound(p: View) -> str | None:
         for key in ("image_column", "caption_column"):
             if column == getattr(p.dataset, key):
                 return (
-                    f"dataset.condition_columns.{name} = {column!r}: is dataset.{key}, too; name the column that tells the "
-                    "model more"
+                    f"dataset.condition_columns.{name} = {column!r}: is dataset.{key}, too; name the column that tells "
+                    "the model more"
                 )
-        if column.count("*") > 1:
-            return (
-                f"dataset.condition_columns.{name} = {column!r}: write one *, which stands for the image's path "
-                "without its suffix"
-            )
 
 
 def _grid_has_rows(p: View) -> str | None:

@@ -2,6 +2,7 @@
 
 import tarfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 from sdtrain.data.shards import SPLITS
-from sdtrain.data.sources import draw_candidate
+from sdtrain.data.sources import draw_scene, file_patterns
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.manifests import DatasetManifest, LatentsManifest
 from sdtrain.params.schema import DatasetParams
@@ -91,7 +92,8 @@ def ask_source(params: DatasetParams, seed: int) -> Found:
     if params.source == "hub":
         return _ask_card(params)
     path = Path(params.path)
-    count = {"imagefolder": _count_files, "parquet": _count_rows, "webdataset": _count_members}[params.source]
+    count_files = partial(_count_files, params=params)
+    count = {"imagefolder": count_files, "parquet": _count_rows, "webdataset": _count_members}[params.source]
     if not path.exists():
         return Found(None, None, f"dataset.path = '{path}' isn't there")
     try:
@@ -101,18 +103,26 @@ def ask_source(params: DatasetParams, seed: int) -> Found:
 
 
 def _scene_bytes(params: DatasetParams, seed: int, index: int) -> int:
-    """Size of the scene that the source `generated` draws at `index`, with its conditions."""
-    drawn = draw_candidate(params, seed, index)
-    return len(drawn.image) + sum(len(found.data) for found in drawn.conditions.values())
+    """Size of what the source `generated` draws at `index`."""
+    scene = draw_scene(params, seed, index)
+    return len(scene.image) + sum(len(file.data) for file in scene.conditions.values())
 
 
-def _count_files(path: Path) -> Found:
+def _count_files(path: Path, params: DatasetParams) -> Found:
+    """Count the images; where metadata names files of conditions, too, one of each for an image."""
+    patterns = file_patterns(params)
     Image.init()
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    sizes = [file.stat().st_size for file in path.rglob("*") if file.suffix.lower() in suffixes]
-    if not sizes:
+    sizes = {
+        file.relative_to(path).as_posix(): file.stat().st_size
+        for file in path.rglob("*")
+        if file.suffix.lower() in suffixes
+    }
+    images = [name for name in sizes if not any(pattern.matches(name) for pattern in patterns.values())]
+    if not images:
         return Found(None, None, f"dataset.path = '{path}' has no images yet")
-    return Found(len(sizes), sum(sizes), f"about, the image files in {path}")
+    num_images = round(len(images) / (1 + len(params.condition_columns) - len(patterns)))
+    return Found(num_images, sum(sizes.values()), f"about, the image files in {path}")
 
 
 def _count_rows(path: Path) -> Found:

@@ -70,12 +70,14 @@ def _check_base(params: BaseParams, folder: Path) -> None:
 def _check_dataset(params: DatasetParams, folder: Path) -> None:
     """Check that data/dataset was read from the source that these params name."""
     wanted = {
-        "generated": generated_record(params),
+        "generated": {"world": None} | generated_record(params),
         "hub": {"repo": params.repo, "revision": params.revision, "split": params.split},
     }.get(params.source, {"path": str(Path(params.path)), "type": params.source})
-    found = DatasetManifest.read(folder).source
-    if {name: found.get(name) for name in wanted} != wanted:
+    manifest = DatasetManifest.read(folder)
+    if {name: manifest.source.get(name) for name in wanted} != wanted:
         raise InputError(f"{folder} was made from another source; `dvc repro dataset` remakes it")
+    if manifest.conditions.keys() != params.condition_columns.keys():
+        raise InputError(f"{folder} was made with other conditions; `dvc repro dataset` remakes it")
 
 
 def _check_latents(params: Params, files: TrainFiles) -> None:
