@@ -112,7 +112,12 @@ def _validations(params: Params, images: Images, num_steps: int | None) -> str:
     at_most, num_held_out = ("up to ", most) if images.num_held_out is None else ("", images.num_held_out)
     num_latents = min(most, num_held_out) * params.validation.num_timesteps
     kinds = "raw and EMA" if params.train.use_ema else "raw"
-    return f"{times}, of {at_most}{num_latents:,} noised latents each, {kinds} weights"
+    swapped = " and ".join(f"another image's {name}" for name in ["caption", *_conditions(params)])
+    return f"{times}, of {at_most}{num_latents:,} noised latents each, {kinds} weights, and again with {swapped}"
+
+
+def _conditions(params: Params) -> list[str]:
+    return sorted({*params.dataset.condition_columns, *params.precompute.derived_conditions})
 
 
 def _training_lines(params: Params, costs: Costs, num_processes: int, num_micro_batches: int) -> Lines:

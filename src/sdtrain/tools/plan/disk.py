@@ -65,20 +65,36 @@ def latents_item(params: Params, base: Base, images: Images, latent_shape: tuple
     num_views, num_values = 2 if params.precompute.random_flip else 1, math.prod(latent_shape)
     num_tokens = base.configs.text_encoder["max_position_embeddings"]
     row_bytes = num_views * 2 * 2 * num_values + 8 * num_tokens + _ID_BYTES
+    hints = _num_channels(params) * params.precompute.resolution**2
+    row_bytes += hints
     shape = " x ".join(map(str, latent_shape))
-    row = f"{row_bytes / 2**10:.1f} KiB per image: {shape}{', plain and flipped' if num_views == 2 else ''}"
+    parts = [
+        shape,
+        *(["plain and flipped"] if num_views == 2 else []),
+        *([f"a hint of {hints / 2**10:.1f} KiB"] if hints else []),
+    ]
+    row = f"{row_bytes / 2**10:.1f} KiB per image: {', '.join(parts)}"
     if images.num_all is None:
         return Item("latents", None, row)
     probe_bytes = min(NUM_PROBES, images.num_held_out) * 3 * 4 * params.precompute.resolution**2
     return Item("latents", images.num_all * row_bytes + probe_bytes, row, is_there=is_made)
 
 
+def _num_channels(params: Params) -> int:
+    """Of the hints, bytes per pixel: edges and outlines are grey, others may have colours."""
+    if params.precompute.derived_conditions or params.dataset.source == "generated":
+        return len(params.precompute.derived_conditions) + len(params.dataset.condition_columns)
+    return 3 * len(params.dataset.condition_columns)
+
+
 def _grid_bytes(params: Params, configs: Configs, latent_size: int) -> int:
-    """The grid's pixels before PNG compression: base and trained, at the size that the base draws."""
+    """The grid's pixels before PNG compression: base, trained and conditions, at the size that the base draws."""
     own = configs.unet.get("sample_size")
     drawn = vae_factor(configs.vae["block_out_channels"]) * (own if isinstance(own, int) else latent_size)
     side = drawn * math.ceil(_MIN_CELL_PX / drawn)
-    return 2 * len(params.sample.prompts) * params.sample.images_per_prompt * 3 * side**2
+    num_rows = params.sample.num_held_out or len(params.sample.prompts)
+    num_conditions = len(params.precompute.derived_conditions) + len(params.dataset.condition_columns)
+    return num_rows * (2 * params.sample.images_per_prompt + num_conditions) * 3 * side**2
 
 
 def _hub_items(params: Params, base: Base, images: Images, made: Made) -> list[Item]:
