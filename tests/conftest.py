@@ -20,6 +20,20 @@ SHRUNK = {
 }
 
 
+HINTED = {
+    "dataset": {"world": "free_shapes", "new_fraction": 0.0, "condition_columns": {"hint": "outline"}},
+    "method": {"name": "controlnet", "start": "unet"},
+    "train": {"lr": 1e-3, "caption_dropout": 0.5},
+    "sample": {"prompts": [], "num_held_out": 2},
+}
+"""Changes that make it a ControlNet's."""
+
+
+def merged(first: dict[str, dict], second: dict[str, dict]) -> dict[str, dict]:
+    """Changes by section, of which the second win."""
+    return {name: {**first.get(name, {}), **second.get(name, {})} for name in first.keys() | second.keys()}
+
+
 def shrunk_tree(**changes: dict) -> dict:
     """The shipped params.yaml as a tree, shrunk, with changes by section.
 

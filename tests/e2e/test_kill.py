@@ -26,7 +26,7 @@ import psutil
 import pytest
 
 from sdtrain.params.load import load_params
-from tests.conftest import ROOT
+from tests.conftest import HINTED, ROOT, merged
 from tests.e2e.project import Project
 
 MAX_STEPS, SAVE_EVERY, VALIDATE_EVERY = 16, 2, 4
@@ -210,6 +210,12 @@ def whole_lora(tmp_path_factory) -> Whole:
     return run_whole(tmp_path_factory.mktemp("kill_lora") / "project", method={**method, "dropout": 0.1})
 
 
+@pytest.fixture(scope="module")
+def whole_controlnet(tmp_path_factory) -> Whole:
+    changes = merged(HINTED, {"validation": {"prompts": [], "num_held_out": 1}})
+    return run_whole(tmp_path_factory.mktemp("kill_controlnet") / "project", **changes)
+
+
 def run_whole(folder: Path, **changes: dict) -> Whole:
     """Train to the end, unstopped.
 
@@ -217,21 +223,20 @@ def run_whole(folder: Path, **changes: dict) -> Whole:
         changes: of the params, by section.
     """
     folder.mkdir()
-    project = Project(
-        folder,
-        **changes,
-        train={
+    ours = {
+        "train": {
             "max_steps": MAX_STEPS,
             "save_every_n_steps": SAVE_EVERY,
             "log_every_n_steps": 3,  # so that most states lie within an interval
             "num_best_checkpoints": MAX_STEPS // VALIDATE_EVERY,  # so that every validation ends with a checkpoint
         },
-        validation={
+        "validation": {
             "every_n_steps": VALIDATE_EVERY,
             "prompts": ["a large orange star in the center on a blue background"],
             "num_inference_steps": 12,
         },
-    )
+    }
+    project = Project(folder, **merged(ours, changes))
     project.env["OMP_NUM_THREADS"] = "1"  # as another number of threads makes another order of sums
     project.env["PYTHONPATH"] = "src"  # the copy, which nobody edits while the tests run
     project.run("dvc repro precompute")
@@ -353,13 +358,14 @@ def test_kills_at_any_moment_change_nothing(whole):
 
 
 @pytest.mark.full
-def test_ten_kills_of_a_lora_change_nothing(whole_lora):
-    """With dropout, whose masks must be the same, too."""
-    landed, rng = [], random.Random(3)
+@pytest.mark.parametrize("name", ["whole_lora", "whole_controlnet"])
+def test_ten_kills_of_another_method_change_nothing(request, name):
+    """Of a LoRA with dropout, whose masks must be the same, too; and of a ControlNet."""
+    whole, landed, rng = request.getfixturevalue(name), [], random.Random(3)
     ways: list = [(SIGKILL, "group"), (SIGTERM, "group"), (SIGKILL, "trainer"), (SIGINT, "group")]
     for _ in range(5):  # a kill may come too late
         kills = [Kill(*rng.choice(ways), rng.choice(PHASES)) for _ in range(max(0, 10 - len(landed)))]
-        landed += play(whole_lora, kills, rng)
+        landed += play(whole, kills, rng)
     assert len(landed) >= 10
 
 

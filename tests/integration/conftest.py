@@ -16,6 +16,7 @@ from sdtrain.params.schema import Params
 from sdtrain.precompute import precompute_latents
 from sdtrain.train import train
 from sdtrain.training.files import TrainFiles
+from tests.conftest import HINTED, merged
 
 
 @dataclass(frozen=True)
@@ -26,20 +27,6 @@ class Run:
     metrics: Path
     train_curve: pd.DataFrame
     validation_curve: pd.DataFrame
-
-
-HINTED = {
-    "dataset": {"world": "free_shapes", "new_fraction": 0.0, "condition_columns": {"hint": "outline"}},
-    "method": {"name": "controlnet", "start": "unet"},
-    "train": {"lr": 1e-3, "caption_dropout": 0.5},
-    "sample": {"prompts": [], "num_held_out": 2},
-}
-"""A ControlNet on the shrunken world."""
-
-
-def merged(first: dict[str, dict], second: dict[str, dict]) -> dict[str, dict]:
-    """Changes by section, of which the second win."""
-    return {name: {**first.get(name, {}), **second.get(name, {})} for name in first.keys() | second.keys()}
 
 
 class Workspace:

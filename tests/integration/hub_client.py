@@ -91,16 +91,16 @@ def _run(call: dict) -> None:
         return
     from sdtrain.base import resolve_base
     from sdtrain.dataset import build_dataset
-    from sdtrain.params.load import check_params, load_params
-    from sdtrain.params.schema import DatasetParams
+    from sdtrain.params.load import load_params
+    from sdtrain.params.schema import BaseParams, DatasetParams
 
     tree = load_params(ROOT / "params.yaml").model_dump()
     tree[call["section"]].update(call["changes"])
     out = Path(call["out"])
+    # The section alone, without the method that asks for it.
     if call["section"] == "base":
-        params = check_params(tree)
-        resolve_base(params.base, params.seed, out=out)
-    else:  # alone, without the method that its conditions are for
+        resolve_base(BaseParams.model_validate(tree["base"]), tree["seed"], out=out)
+    else:
         params = DatasetParams.model_validate(tree["dataset"])
         build_dataset(params, tree["seed"], out=out, metrics=out.with_suffix(".json"))
 

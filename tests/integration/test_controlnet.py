@@ -34,8 +34,7 @@ from sdtrain.training.devices import build_accelerator
 from sdtrain.training.optimizer import build_lr_scheduler
 from sdtrain.training.step import optimizer_step
 from sdtrain.training.trainer import build_trainer
-from tests.conftest import shrunk_tree
-from tests.integration.conftest import HINTED, merged
+from tests.conftest import HINTED, merged, shrunk_tree
 from tests.integration.test_lora import run_elsewhere
 from tests.integration.test_processes import Place, assert_same_curves
 

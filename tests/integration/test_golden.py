@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, shrunk_tree
+from tests.conftest import HINTED, ROOT, shrunk_tree
 
 GOLDEN = ROOT / "tests" / "golden" / "losses.json"
 STEPS = {"max_steps": 10, "lr_warmup_steps": 2, "log_every_n_steps": 1, "lr": 1.0e-4, "caption_dropout": 0.1}
@@ -33,6 +33,8 @@ RUNS = {
         "lr_reference_batch_size": 2,
     },
 }
+HINTED_RUNS = {"controlnet": {**STEPS, "caption_dropout": 0.5}}
+"""On the workspace `hinted`."""
 COLUMNS = ("loss", "grad_norm", "param_norm_clip", "lr")
 VALIDATION = {"every_n_steps": 10, "num_timesteps": 2, "max_samples": 4}
 
@@ -45,10 +47,11 @@ def numbers_of(run) -> dict[str, list[float]]:
     }
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_ten_steps_give_the_golden_losses(workspace, tmp_path, name):
+@pytest.mark.parametrize("name", [*RUNS, *HINTED_RUNS])
+def test_ten_steps_give_the_golden_losses(workspace, hinted, tmp_path, name):
     """On another CPU the sums round differently; 1e-5 still detects any change of the arithmetic."""
-    numbers = numbers_of(workspace.train(tmp_path, train=RUNS[name], validation=VALIDATION))
+    place, train = (workspace, RUNS[name]) if name in RUNS else (hinted, HINTED_RUNS[name])
+    numbers = numbers_of(place.train(tmp_path, train=train, validation=VALIDATION))
     golden = json.loads(GOLDEN.read_text())[name]
     for column in golden:
         assert numbers[column] == pytest.approx(golden[column], rel=1e-5), column
@@ -58,10 +61,10 @@ if __name__ == "__main__":
     from sdtrain.params.load import check_params
     from tests.integration.conftest import Workspace
 
-    with tempfile.TemporaryDirectory() as folder:
-        place = Workspace(Path(folder), lambda **changes: check_params(shrunk_tree(**changes)), ROOT)
-        found = {
-            name: numbers_of(place.train(Path(folder) / name, train=train, validation=VALIDATION))
-            for name, train in RUNS.items()
-        }
+    found = {}
+    for runs, changes in ((RUNS, None), (HINTED_RUNS, HINTED)):
+        with tempfile.TemporaryDirectory() as folder:
+            place = Workspace(Path(folder), lambda **changes: check_params(shrunk_tree(**changes)), ROOT, changes)
+            for name, train in runs.items():
+                found[name] = numbers_of(place.train(Path(folder) / name, train=train, validation=VALIDATION))
     GOLDEN.write_text(json.dumps(found, indent=1) + "\n")

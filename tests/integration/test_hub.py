@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -399,6 +399,41 @@ def test_the_vae_of_another_repository(hub, client, model, other_model, out):
     assert part_of(read_folder(out), "vae") == part_of(other_model, "vae")
     assert hub.asked_for("acme/vae") == {"config.json", "diffusion_pytorch_model.safetensors"}
     assert not [path for path in hub.asked_for("acme/base-of-vae") if path.startswith("vae/")]
+
+
+@pytest.fixture(scope="module")
+def controlnet(model, tmp_path_factory) -> Files:
+    """A trained one of the model's structure, as the hub has them: at the root of a repository of its own."""
+    folder = tmp_path_factory.mktemp("controlnet")
+    write_folder(folder / "base", model)
+    unet = UNet2DConditionModel.from_pretrained(folder / "base" / "unet")
+    ControlNetModel.from_unet(unet).save_pretrained(folder / "own")
+    return read_folder(folder / "own")
+
+
+@pytest.mark.parametrize("place", ["", "controlnet/"])
+def test_a_controlnet_to_start_from(hub, client, model, controlnet, tmp_path, out, place):
+    """Nothing else of its repository is asked for; the base's own needs no key."""
+    local, repo = write_folder(tmp_path / "local", model), named("controlnet", place)
+    commit = hub.add(repo, {**{place + path: data for path, data in controlnet.items()}, "control.bin": b"a pickle"})
+
+    succeed(client.resolve_base(out, source="local", path=local, controlnet_repo=repo))
+
+    source = {"repo": repo, "revision": None, "commit": commit, "parts": ["controlnet"]}
+    assert read_json(out / "manifest.json")["sources"][1] == source
+    assert part_of(read_folder(out), "controlnet") == {f"controlnet/{path}": data for path, data in controlnet.items()}
+    assert hub.asked_for(repo) == {place + path for path in controlnet}
+
+    own = write_folder(tmp_path / "own", {**model, **{f"controlnet/{path}": data for path, data in controlnet.items()}})
+    succeed(client.resolve_base(out, source="local", path=own))
+    assert part_of(read_folder(out), "controlnet") == {f"controlnet/{path}": data for path, data in controlnet.items()}
+
+
+def test_a_controlnet_of_another_unet_is_refused(hub, client, model, controlnet, tmp_path, out):
+    local, repo = write_folder(tmp_path / "local", model), named("controlnet", "of another")
+    hub.add(repo, with_config(controlnet, "config.json", cross_attention_dim=96))
+    message = refusal(client.resolve_base, out, source="local", path=local, controlnet_repo=repo)
+    assert "controlnet cross_attention_dim = 96, but unet cross_attention_dim = " in message
 
 
 def test_the_text_encoder_of_another_repository(hub, client, model, other_model, sd15, tmp_path, out):

@@ -22,7 +22,7 @@ SPLIT = {"micro_batch_size", "gradient_checkpointing"}
 """How the same sums are split; they change rounding only, and a run may move to another machine."""
 _LENGTH = {"max_steps", "max_epochs"}
 """Covered by `num_steps`, if the learning rate's schedule depends on it."""
-_IMAGES = {"prompts", "num_inference_steps", "guidance_scale", "batch_size"}
+_IMAGES = {"prompts", "num_held_out", "num_inference_steps", "guidance_scale", "batch_size"}
 """Settings of the images drawn during training, and the batches of the held-out loss."""
 
 
