@@ -49,12 +49,15 @@ def numbers_of(run) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("name", [*RUNS, *HINTED_RUNS])
 def test_ten_steps_give_the_golden_losses(workspace, hinted, tmp_path, name):
-    """On another CPU the sums round differently; 1e-5 still detects any change of the arithmetic."""
+    """On another CPU the sums round differently; this still detects any change of the arithmetic.
+
+    The cache keeps float16, so a sum that rounds differently there can move one image's latents by 1e-3.
+    """
     place, train = (workspace, RUNS[name]) if name in RUNS else (hinted, HINTED_RUNS[name])
     numbers = numbers_of(place.train(tmp_path, train=train, validation=VALIDATION))
     golden = json.loads(GOLDEN.read_text())[name]
     for column in golden:
-        assert numbers[column] == pytest.approx(golden[column], rel=1e-5), column
+        assert numbers[column] == pytest.approx(golden[column], rel=1e-5 if name in RUNS else 1e-4), column
 
 
 if __name__ == "__main__":
