@@ -6,6 +6,7 @@ hint as the pixels of the same crop.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -32,7 +33,8 @@ from sdtrain.ground.manifests import (
 from sdtrain.models.parts import load_tokenizer, load_vae, pick_device, tokenize, vae_factor
 from sdtrain.params.schema import PrecomputeParams
 
-_SHARD_ROWS = 2048
+_SHARD_ROWS, _SHARD_BYTES = 2048, 512 * 2**20
+"""The most rows of a shard, and bytes of their conditions, as it is put together in memory."""
 
 
 def precompute_latents(
@@ -65,7 +67,7 @@ def precompute_latents(
             progress = tqdm(
                 total=manifest.splits[split].num_rows, desc=f"precompute {split}", unit="image", disable=None
             )
-            while shard := list(islice(rows, _SHARD_ROWS)):
+            while shard := list(islice(rows, _num_shard_rows(conditions))):
                 tensors = _encode_shard(params, seed, shard, vae, device, progress)
                 for name, condition in conditions.items():
                     tensors[name] = torch.from_numpy(_condition_pixels(params, seed, shard, name, condition))
@@ -120,14 +122,19 @@ def _condition_pixels(
     params: PrecomputeParams, seed: int, rows: list[dict], name: str, condition: CachedCondition
 ) -> np.ndarray:
     """One condition of each row, uint8 [len(rows), channels, resolution, resolution], cropped as its image is."""
-    if name in params.derived_conditions:
-        pixels = _pixels(params, seed, rows)
-        return np.stack([canny_edges(image, seed, row["id"]) for image, row in zip(pixels, rows, strict=True)])
-    cropped = []
-    for row in rows:
-        crop = draw_crop((row["width"], row["height"]), params.resolution, params.center_crop, seed, row["id"])
-        cropped.append(CONDITIONS[name].crop(row[name], crop, condition.shape[0]))
-    return np.stack(cropped)
+    found = np.empty((len(rows), *condition.shape), dtype=np.uint8)
+    for place, row in enumerate(rows):
+        if name in params.derived_conditions:
+            found[place] = canny_edges(_pixels(params, seed, [row])[0], seed, row["id"])
+        else:
+            crop = draw_crop((row["width"], row["height"]), params.resolution, params.center_crop, seed, row["id"])
+            found[place] = CONDITIONS[name].crop(row[name], crop, condition.shape[0])
+    return found
+
+
+def _num_shard_rows(conditions: dict[str, CachedCondition]) -> int:
+    row_bytes = sum(math.prod(condition.shape) for condition in conditions.values())
+    return max(1, min(_SHARD_ROWS, _SHARD_BYTES // max(1, row_bytes)))
 
 
 def _encode_shard(

@@ -1,12 +1,16 @@
 """The latent cache: exact, complete, and refused where it doesn't fit."""
 
+import io
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from sdtrain.data.edges import canny_edges
 from sdtrain.data.images import decode_rgb, square_pixels
-from sdtrain.data.shards import LatentShards, read_dataset
+from sdtrain.data.shards import Column, LatentShards, held_out_pictures, read_dataset
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.manifests import encoders_fingerprint
 from sdtrain.models.parts import load_tokenizer, load_vae, tokenize
@@ -76,3 +80,47 @@ def test_a_vae_that_gives_nan_is_caught(workspace, tmp_path, monkeypatch):
     monkeypatch.setattr("sdtrain.precompute.load_vae", lambda base: vae)
     with pytest.raises(InputError, match="mean isn't finite for [0-9a-f]{32}"):
         precompute(workspace, tmp_path)
+
+
+def test_hints_are_cached_as_their_pixels_and_mirrored_when_read(hinted, tmp_path, monkeypatch):
+    """In shards of a few rows, as large hints make them."""
+    monkeypatch.setattr("sdtrain.precompute._SHARD_BYTES", 20 * 64 * 64)
+    settings = hinted.make_params().precompute.model_copy(update={"random_flip": True})
+    precompute_latents(settings, 0, hinted.base, hinted.dataset, tmp_path / "latents", tmp_path / "m.json")
+    for split in ("train", "validation"):
+        shards = LatentShards(tmp_path / "latents", split, encoders_fingerprint(hinted.base))
+        shards.check_columns({"hint": Column((3, 64, 64), dtype="uint8")})
+        rows = list(read_dataset(hinted.dataset, split))
+        assert [shard.num_rows for shard in shards.manifest.splits[split]][:-1] == [20] * ((len(rows) - 1) // 20)
+        for index, row in enumerate(rows):
+            hint = torch.from_numpy(np.array(Image.open(io.BytesIO(row["hint"]))))
+            assert torch.equal(shards.read(index, "hint")["hint"], hint.expand(3, -1, -1))
+            assert torch.equal(shards.read(index, "hint", flipped=True)["hint"], hint.flip(-1).expand(3, -1, -1))
+        if split == "validation":
+            assert shards.captions == [row["caption"] for row in rows]
+            captions, conditions = held_out_pictures(shards, ["hint"], 2)
+            for caption, image in zip(captions, conditions["hint"], strict=True):
+                index = shards.captions.index(caption)
+                assert np.array_equal(np.asarray(image), shards.read(index, "hint")["hint"].permute(1, 2, 0).numpy())
+    assert json.loads((tmp_path / "m.json").read_text())["num_blank_hints"] == 0
+
+
+def test_edges_are_those_of_the_cropped_image(workspace, tmp_path):
+    settings = workspace.make_params().precompute.model_copy(update={"derived_conditions": {"hint": "canny"}})
+    precompute_latents(settings, 0, workspace.base, workspace.dataset, tmp_path / "latents", tmp_path / "m.json")
+    num_blank, num_rows = 0, 0
+    for split in ("train", "validation"):
+        shards = LatentShards(tmp_path / "latents", split, encoders_fingerprint(workspace.base))
+        for index, row in enumerate(read_dataset(workspace.dataset, split)):
+            pixels = square_pixels(decode_rgb(row["image"]), 64, True, 0, row["id"])
+            edges = torch.from_numpy(canny_edges(pixels, 0, row["id"]))
+            assert torch.equal(shards.read(index, "hint")["hint"], edges.expand(3, -1, -1))
+            num_blank, num_rows = num_blank + (not edges.any()), num_rows + 1
+    assert num_blank < num_rows / 4
+    assert json.loads((tmp_path / "m.json").read_text())["num_blank_hints"] == num_blank
+
+
+def test_a_method_refuses_hints_of_another_size(hinted):
+    shards = LatentShards(hinted.latents, "train", encoders_fingerprint(hinted.base))
+    with pytest.raises(InputError, match=r"a row of column 'hint' has shape \(3, 64, 64\), the training method needs"):
+        shards.check_columns({"hint": Column((3, 128, 128), dtype="uint8")})
