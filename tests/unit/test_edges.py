@@ -33,3 +33,13 @@ def test_a_hint_from_a_file_becomes_the_drawn_square(tmp_path):
     (tmp_path / "hint.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"hint.png: can't be decoded"):
         read_condition("hint", tmp_path / "hint.png", 100)
+
+
+def test_an_edge_of_hue_alone_is_an_edge():
+    """Equal grey on both sides."""
+    red, blue = (np.array(color, dtype=np.float32) for color in ((200, 40, 40), (40, 100, 160)))
+    pixels = np.broadcast_to(red[:, None, None], (3, 32, 32)).copy()
+    pixels[:, :, 16:] = blue[:, None, None]
+    edges = canny_edges(pixels / 127.5 - 1, 0, "id")[0]
+    assert edges[:, 14:18].any(axis=1).all()
+    assert not edges[:, :12].any()

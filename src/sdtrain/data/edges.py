@@ -6,8 +6,8 @@ import numpy as np
 from sdtrain.ground import randomness
 
 _LOW, _STEP = (50, 150), (50, 150)
-"""Ranges of the lower threshold and of what the higher one adds to it, on Canny's gradients of 8-bit grey: around the
-100 and 200 that people use."""
+"""Ranges of the lower threshold and of what the higher one adds to it, on gradients of 8-bit colours: around the 100
+and 200 that people use."""
 
 
 def canny_edges(image: np.ndarray, seed: int, sample_id: str) -> np.ndarray:
@@ -19,4 +19,4 @@ def canny_edges(image: np.ndarray, seed: int, sample_id: str) -> np.ndarray:
     low = rng.uniform(*_LOW)
     high = low + rng.uniform(*_STEP)
     rgb = ((image.transpose(1, 2, 0) + 1) * 127.5).round().astype(np.uint8)
-    return cv2.Canny(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), low, high)[None]
+    return cv2.Canny(rgb, low, high)[None]  # of all channels, as ControlNet's annotator: grey loses edges of hue
