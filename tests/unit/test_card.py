@@ -94,7 +94,7 @@ class Project:
         numbers = json.loads((root / "metrics" / "evaluate.json").read_text())
         table = (root / "metrics" / "prompt_accuracy.csv").read_text()
         if not generated:
-            numbers = {name: value for name, value in numbers.items() if "held_out" in name}
+            numbers = {name: value for name, value in numbers.items() if "held_out" in name or "_gap_" in name}
             table = table.splitlines()[0] + "\n"
         self.write(self.metrics, numbers)
         self.accuracies.write_text(table)
@@ -294,14 +294,16 @@ def test_metrics_stand_beside_each_other_with_interval_and_n(project):
     timesteps = project.params.evaluate.num_timesteps
     assert rows[2] == ["held-out loss, lower is better", "0.1344", "0.03596", f"214 images × {timesteps} timesteps"]
     assert rows[3] == ["its gain, base − trained", "", "0.09842 (0.08675 to 0.1104)", "214 images"]
-    assert rows[4] == ["color, new concepts", "0.0 % (0.0 % to 3.8 %)", "94.8 % (88.4 % to 97.8 %)", "96"]
-    assert len(rows) == 2 + 2 + 12
+    gap = ["its rise with another image's caption", "0.1148", "0.1453 (0.1368 to 0.1539)", "214 images"]
+    assert rows[4] == gap
+    assert rows[5] == ["color, new concepts", "0.0 % (0.0 % to 3.8 %)", "94.8 % (88.4 % to 97.8 %)", "96"]
+    assert len(rows) == 2 + 3 + 12
     assert "don't show that training helped" not in card
 
 
 def test_own_images_have_the_held_out_loss_alone(project):
     card = project.build(files=PIPELINE, generated=False).card()
-    assert len(table(card)) == 4
+    assert len(table(card)) == 5
     assert "prompt says" not in card
     assert "2,000 captioned images (source `imagefolder`), 64 px" in card
 

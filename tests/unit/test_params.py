@@ -512,6 +512,7 @@ MUST_FOLLOW = {
     "params.yaml": {"hub": {"dataset.repo"}},
     "lora.yaml": {"hub": {"dataset.repo"}},
     "sd15-lora.yaml": {"hub": {"dataset.repo"}},
+    "sd15-controlnet.yaml": {"hub": {"dataset.repo"}},
     "images.yaml": {"hub": {"dataset.repo"}, "generated": {"precompute.random_flip"}},
     "controlnet.yaml": {
         "hub": {"dataset.repo", "dataset.world", "dataset.num_scenes", "dataset.new_fraction"},
