@@ -302,6 +302,15 @@ RULE_CASES = [
         "base.controlnet_repo = 'owner/name': has no effect with method.start = 'unet'; set it to null, or method.sta",
     ),
     (
+        {
+            **CONTROLNET,
+            "method": {"name": "controlnet", "start": "base"},
+            "base__source": "hub",
+            "base__repo": "owner/name",
+        },
+        "method.start = 'base': with base.source = 'hub' the ControlNet to start from comes from base.controlnet_repo",
+    ),
+    (
         {"base__controlnet_revision": "v1"},
         "base.controlnet_revision = 'v1': has no effect without base.controlnet_repo",
     ),

@@ -169,6 +169,15 @@ def _starts_from_unet(p: View) -> tuple[str, str] | None:
         return f"method.start = {p.method.start!r}", "method.start to base"
 
 
+def _start_is_there(p: View) -> str | None:
+    is_base = p.method.name == "controlnet" and p.method.start == "base"
+    if is_base and p.base.source == "hub" and p.base.controlnet_repo is None:
+        return (
+            "method.start = 'base': with base.source = 'hub' the ControlNet to start from comes from "
+            "base.controlnet_repo, which is null; name one there, or set method.start to unet"
+        )
+
+
 def _no_ema(p: View) -> tuple[str, str] | None:
     if not p.train.use_ema:
         return "train.use_ema = False", "train.use_ema to true"
@@ -462,7 +471,7 @@ RULES: tuple[Rule, ...] = (
     _listed_once("resume_reset"), _listed_once("trackers"),
     _constant_has_no_warmup, _warmup_ends, _export_has_weights, _captions_survive_the_flip,
     _has_effect("base.controlnet_repo", _starts_from_unet), _revision_needs_repo("controlnet"),
-    _method_has_its_conditions, _condition_columns_are_sound,
+    _start_is_there, _method_has_its_conditions, _condition_columns_are_sound,
     _grid_has_rows, _prompts_in_words("sample"), _prompts_in_words("validation"),
     _has_effect("sample.num_held_out", _sees_no_conditions),
     _has_effect("validation.num_held_out", _sees_no_conditions), _has_effect("validation.num_held_out", _no_trackers),
