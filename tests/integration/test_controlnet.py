@@ -291,6 +291,22 @@ def test_generate_explains_which_hints_it_needs(hinted, model, tmp_path, hints, 
         cli.main(["generate", "--model", str(model), *ask])
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, r"diffusion_pytorch_model\.safetensors: no such file"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), r"safetensors: not a complete \.safetensors file"),
+    ],
+)
+def test_a_damaged_export_is_refused(hinted, model, tmp_path, damage, message):
+    copy, hint = shutil.copytree(model, tmp_path / "model"), tmp_path / "hint.png"
+    Image.new("L", (64, 64)).save(hint)
+    damage(copy / CONTROLNET_FILE)
+    ask = ["--base", str(hinted.base), "--prompt", "x", "--hint", str(hint), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["generate", "--model", str(copy), *ask])
+
+
 def test_a_hint_without_a_controlnet_is_refused(hinted, tmp_path):
     ask = ["--prompt", "x", "--hint", "hint.png", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match=r"--hint hint.png: .*base isn't a ControlNet, so it sees no hint"):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json, sha256_json
 from sdtrain.ground.headers import read_metadata
-from sdtrain.ground.layout import ADAPTER_FILE, MERGED
+from sdtrain.ground.layout import ADAPTER_FILE, CONTROLNET_FILE, MERGED
 from sdtrain.ground.manifests import BaseManifest
 from sdtrain.models.parts import Parts, load_controlnet, load_parts, pick_device, training_scheduler
 from sdtrain.models.pipelines import build_controlnet_pipeline, build_pipeline, load_pipeline
@@ -64,8 +64,10 @@ def load_controlled(folder: Path, base: Path, file: str | None = None) -> Stable
         file: take the weights from this file in the folder, not from Diffusers' own.
 
     Raises:
-        InputError: it was trained on another base.
+        InputError: its weights or that file are missing or damaged, or it was trained on another base.
     """
+    for name in (CONTROLNET_FILE, file or CONTROLNET_FILE):
+        read_metadata(folder / name)  # which checks that the file is whole
     controlnet = load_controlnet(folder)
     if file is not None:
         controlnet.load_state_dict(load_file(folder / file))
