@@ -12,9 +12,10 @@ from PIL import Image
 
 from sdtrain.data import scenes
 from sdtrain.data.edges import canny_edges
+from sdtrain.data.images import square_pixels
 from sdtrain.ground import randomness
 from sdtrain.ground.statistics import bootstrap_interval, wilson_interval
-from sdtrain.models.pipelines import Conditions, generate
+from sdtrain.models.pipelines import Conditions, drawn_px, generate
 from sdtrain.params.schema import EvaluateParams
 
 _FIELDS = ("color", "shape", "style", "size", "position", "background")
@@ -41,13 +42,14 @@ class Question:
     placement: scenes.Placement
     seed: int
 
-    def hint(self, kind: str) -> Image.Image:
-        """The model's hint, RGB."""
+    def hint(self, kind: str, side: int) -> Image.Image:
+        """The model's hint, RGB [side, side]: as the cache has it at that resolution; the image gets its size."""
         if kind == "outline":
-            return scenes.outline(self.scene, self.placement).convert("RGB")
-        pixels = np.asarray(scenes.render(self.scene, self.placement), dtype=np.float32).transpose(2, 0, 1)
-        edges = canny_edges(pixels / 127.5 - 1, self.seed, self.prompt)
-        return Image.fromarray(edges[0]).convert("RGB")
+            outline = scenes.outline(self.scene, self.placement)
+            return outline.resize((side, side), Image.Resampling.BOX).convert("RGB")
+        image = scenes.render(self.scene, self.placement)
+        pixels = square_pixels(image, side, center_crop=True, seed=self.seed, sample_id="")
+        return Image.fromarray(canny_edges(pixels, self.seed, self.prompt)[0]).convert("RGB")
 
 
 def prompt_accuracy(
@@ -67,7 +69,7 @@ def prompt_accuracy(
         for name, pipeline in pipelines.items():
             conditions: Conditions = {}
             if world.hint and name == "trained":
-                conditions["hint"] = [question.hint(world.hint) for question in questions]
+                conditions["hint"] = [question.hint(world.hint, drawn_px(pipeline)) for question in questions]
             images = generate(
                 pipeline,
                 [question.prompt for question in questions],
