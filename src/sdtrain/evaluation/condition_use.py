@@ -27,7 +27,10 @@ def unused(condition: str, gap: float | None, loss: float, base_share: float | N
     if gap is None:
         if condition == TEXT:
             return None
-        return f"all held-out images have the same {name}: there is nothing to learn from it; check the data set's"
+        return (
+            f"all held-out images have the same {name}: there is nothing to learn from it; check the "
+            f"data set's {name}s (if only one image is held out, this can't be told: hold out more)"
+        )
     needed = USED_SHARE
     if condition == TEXT and base_share is not None:
         needed = min(needed, max(base_share / 2, _LEAST_SHARE))
