@@ -105,7 +105,7 @@ def check_fit(folder: Path) -> None:
     if (folder / CONTROLNET).exists():
         kinds.append((CONTROLNET, read_json(folder / CONTROLNET / "config.json"), "ControlNetModel"))
     for part, config, expected in kinds:
-        name = config.get("_class_name")
+        name = config.get("_class_name") if isinstance(config, dict) else None
         must(name == expected, f"{part} is a {name}", f"sdtrain trains with {expected}", "take another base")
     if faults:
         raise InputError("the base model can't be used:\n" + "\n".join(f"  {fault}" for fault in faults))
@@ -138,7 +138,7 @@ def check_fit(folder: Path) -> None:
     )
     if (folder / CONTROLNET).exists():
         controlnet = read_json(folder / CONTROLNET / "config.json")
-        for key in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
+        for key in ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim"):
             must(
                 controlnet.get(key) == unet[key],
                 f"controlnet {key} = {controlnet.get(key)}",

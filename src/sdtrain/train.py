@@ -124,7 +124,7 @@ def write_outs(run: Run, step: int) -> None:
     run.curves.write(files.train_curve, files.speed_curve, files.validation_curve)
     write_json(files.metrics, summary(run, step))
     if sentences := run.curves.unused_conditions():
-        print("\n".join(["WARNING: this training may have done nothing:", *sentences, _ADVICE]), file=sys.stderr)
+        print("\n".join(["WARNING: the model ignores what it is told:", *sentences, _ADVICE]), file=sys.stderr)
 
 
 def summary(run: Run, step: int) -> dict:

@@ -109,7 +109,7 @@ def test_four_steps_are_said_to_have_done_nothing(hinted, tmp_path, capfd):
     assert (
         "step 2: the model hardly uses the hint: with another image's hint its held-out loss changes by " in printed.out
     )
-    assert "WARNING: this training may have done nothing:\nthe model hardly uses the hint: " in printed.err
+    assert "WARNING: the model ignores what it is told:\nthe model hardly uses the hint: " in printed.err
     assert "train.lr is too low" in printed.err
 
 
@@ -344,3 +344,19 @@ def test_a_cache_without_hints_is_refused(workspace, hinted, tmp_path):
 
 def test_one_batch_can_be_learned(hinted, tmp_path, capsys):
     overfit_batch(hinted.make_params(train={"lr": 5e-3}), hinted.files(tmp_path), 4, 60)
+
+
+def test_a_frozen_unet_keeps_its_prediction_type(hinted, tmp_path):
+    with pytest.raises(
+        InputError, match=r"prediction_type = 'v_prediction': the base predicts 'epsilon', and with meth"
+    ):
+        hinted.train(tmp_path, train={"prediction_type": "v_prediction"})
+
+
+def test_a_broken_controlnet_of_the_base_is_named(hinted, model, tmp_path):
+    base = shutil.copytree(hinted.base, tmp_path / "base")
+    shutil.copytree(model, base / "controlnet", ignore=shutil.ignore_patterns("mine*", "training_config*"))
+    weights = base / "controlnet" / CONTROLNET_FILE
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"controlnet: its ControlNet can't be loaded: "):
+        load_parts(base, ("controlnet",))

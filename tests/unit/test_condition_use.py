@@ -13,8 +13,9 @@ from sdtrain.evaluation.condition_use import unused
         ("text", 0.099, 0.5, True),
         ("text", 0.011, 0.02, False),  # half of what the base has
         ("text", 0.009, 0.02, True),
-        ("text", 0.001, 0.0, True),  # a base that never saw captions
-        ("text", 0.003, 0.0, False),
+        ("text", 0.0, 0.0, False),  # a base that was never trained
+        ("text", 0.0001, 0.001, False),  # captions that are nearly the same
+        ("text", 0.001, 0.005, True),
         ("text", None, None, False),  # all captions are the same, as of one object
     ],
 )

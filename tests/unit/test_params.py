@@ -311,6 +311,10 @@ RULE_CASES = [
         "method.start = 'base': with base.source = 'hub' the ControlNet to start from comes from base.controlnet_repo",
     ),
     (
+        {**CONTROLNET, "base__unet_config": {"layers_per_block": 1}},
+        "base.unet_config = {'layers_per_block': 1}: is a UNet that was never trained, and method.name = 'controlnet'",
+    ),
+    (
         {"base__controlnet_revision": "v1"},
         "base.controlnet_revision = 'v1': has no effect without base.controlnet_repo",
     ),

@@ -130,7 +130,9 @@ def generated_record(params: DatasetParams) -> dict:
     """What the manifest says of generated scenes."""
     record = {"generated": params.num_scenes}
     if params.world != "shapes":
-        record |= {"world": params.world, "new_fraction": params.new_fraction}
+        record["world"] = params.world
+    if params.world != "shapes" or not params.new_fraction:
+        record["new_fraction"] = params.new_fraction
     return record
 
 

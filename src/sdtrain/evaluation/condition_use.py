@@ -9,14 +9,15 @@ from sdtrain.evaluation.held_out import TEXT
 USED_SHARE = 0.1
 """A condition counts as used if the held-out loss rises by this share with another image's."""
 _LEAST_SHARE = 0.002
-"""For captions: the least that counts, above chance in the loss of a model that never sees them."""
+"""A base whose loss rises by no more than twice this with wrong captions can't be a yardstick for captions."""
 
 
 def unused(condition: str, gap: float | None, loss: float, base_share: float | None) -> str | None:
     """Why a model seems to ignore a condition, in a sentence; None if it uses it.
 
     Captions say little about an image that is full of details, so even the base's loss rises by less with wrong ones:
-    there half of the base's own share is enough.
+    there half of the base's own share is enough. Where the base hardly uses them itself, because it was never trained
+    or because the captions are nearly the same, they aren't judged.
 
     Args:
         gap: rise of the held-out loss with other images' conditions; None if all images have the same.
@@ -24,16 +25,16 @@ def unused(condition: str, gap: float | None, loss: float, base_share: float | N
         base_share: the base's own gap, as a share of its loss; None if all images have the same.
     """
     name = "caption" if condition == TEXT else condition
+    if condition == TEXT and (base_share is None or base_share / 2 < _LEAST_SHARE):
+        return None
     if gap is None:
-        if condition == TEXT:
-            return None
         return (
             f"all held-out images have the same {name}: there is nothing to learn from it; check the "
             f"data set's {name}s (if only one image is held out, this can't be told: hold out more)"
         )
     needed = USED_SHARE
-    if condition == TEXT and base_share is not None:
-        needed = min(needed, max(base_share / 2, _LEAST_SHARE))
+    if condition == TEXT:
+        needed = min(needed, base_share / 2)
     if gap >= needed * loss:
         return None
     return (

@@ -68,8 +68,8 @@ class ControlNet:
 
     def export(self, folder: Path, scheduler: DDPMScheduler, params: ExportParams, base: Path) -> Iterator[Exported]:
         """The folder of a ControlNetModel, and the same tensors as one file, which ComfyUI and A1111 recognise."""
-        model, file = copy.deepcopy(self.trained).to(DTYPES[params.dtype]), folder / f"{params.name}.safetensors"
-        model.save_pretrained(folder)
+        model, file = copy.deepcopy(self.trained), folder / f"{params.name}.safetensors"
+        (model.half() if params.dtype == "fp16" else model).save_pretrained(folder)
         yield Exported(folder, "controlnet", partial(load_controlled, folder, base))
         shutil.copyfile(folder / CONTROLNET_FILE, file)
         yield Exported(file, "controlnet", partial(load_controlled, folder, base, file.name))

@@ -141,8 +141,15 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
 
 
 def load_controlnet(folder: Path) -> ControlNetModel:
-    """The ControlNet whose config and weights are in `folder` itself."""
-    return _frozen(ControlNetModel.from_pretrained(folder, dtype=torch.float32))
+    """The ControlNet whose config and weights are in `folder` itself.
+
+    Raises:
+        InputError: they are missing or damaged, or don't match each other.
+    """
+    try:
+        return _frozen(ControlNetModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder}: its ControlNet can't be loaded: {error}") from None
 
 
 def load_vae(folder: Path) -> AutoencoderKL:

@@ -94,5 +94,5 @@ def needs_base(folder: Path) -> bool:
 
 
 def _has_controlnet(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.exists() and read_json(config).get("_class_name") == ControlNetModel.__name__
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else None
+    return isinstance(config, dict) and config.get("_class_name") == ControlNetModel.__name__

@@ -169,6 +169,14 @@ def _starts_from_unet(p: View) -> tuple[str, str] | None:
         return f"method.start = {p.method.start!r}", "method.start to base"
 
 
+def _new_unet_trains(p: View) -> str | None:
+    if p.base.unet_config is not None and p.method.name in ("lora", "controlnet"):
+        return (
+            f"base.unet_config = {p.base.unet_config!r}: is a UNet that was never trained, and method.name = "
+            f"{p.method.name!r} leaves it so; use method.name: finetune, or null"
+        )
+
+
 def _start_is_there(p: View) -> str | None:
     is_base = p.method.name == "controlnet" and p.method.start == "base"
     if is_base and p.base.source == "hub" and p.base.controlnet_repo is None:
@@ -471,7 +479,7 @@ RULES: tuple[Rule, ...] = (
     _listed_once("resume_reset"), _listed_once("trackers"),
     _constant_has_no_warmup, _warmup_ends, _export_has_weights, _captions_survive_the_flip,
     _has_effect("base.controlnet_repo", _starts_from_unet), _revision_needs_repo("controlnet"),
-    _start_is_there, _method_has_its_conditions, _condition_columns_are_sound,
+    _new_unet_trains, _start_is_there, _method_has_its_conditions, _condition_columns_are_sound,
     _grid_has_rows, _prompts_in_words("sample"), _prompts_in_words("validation"),
     _has_effect("sample.num_held_out", _sees_no_conditions),
     _has_effect("validation.num_held_out", _sees_no_conditions), _has_effect("validation.num_held_out", _no_trackers),

@@ -39,6 +39,11 @@ def check_run(spec: RunSpec, trainer: Trainer) -> Costs:
     std = check_latents(first.latents)
     psnr = check_vae(trainer.parts.vae, held_out_shards(files), files.latents)
     base_type, own_type = trainer.parts.scheduler.config.prediction_type, train.prediction_type
+    if base_type != own_type and not any(p.requires_grad for p in trainer.parts.unet.parameters()):
+        raise InputError(
+            f"train.prediction_type = {own_type!r}: the base predicts {base_type!r}, and with method.name = "
+            f"{spec.params.method.name!r} its UNet stays as it is; use {base_type!r}"
+        )
     if base_type != own_type:
         accelerator.print(
             f"train.prediction_type = {own_type!r}, the base predicts {base_type!r}: the model has to learn "

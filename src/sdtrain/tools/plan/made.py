@@ -70,7 +70,7 @@ def _check_base(params: BaseParams, folder: Path) -> None:
 def _check_dataset(params: DatasetParams, folder: Path) -> None:
     """Check that data/dataset was read from the source that these params name."""
     wanted = {
-        "generated": {"world": None} | generated_record(params),
+        "generated": {"world": None, "new_fraction": None} | generated_record(params),
         "hub": {"repo": params.repo, "revision": params.revision, "split": params.split},
     }.get(params.source, {"path": str(Path(params.path)), "type": params.source})
     manifest = DatasetManifest.read(folder)
