@@ -684,3 +684,8 @@ def test_a_method_is_told_by_its_name_and_has_its_own_keys(method, says):
 def test_each_method_of_the_union_is_accepted():
     tree = {**changed(), "method": {"name": "other", "rank": 4}}
     assert check_params(tree, schema=TwoMethods).model_dump() == tree
+
+
+def test_a_condition_that_does_not_exist_is_named():
+    text = message(changed(**{**CONTROLNET, "dataset__condition_columns": {"hnit": "outline"}}))
+    assert "\n  dataset.condition_columns.hnit = 'hnit': must be one of 'hint'; nearest is 'hint'" in text

@@ -16,6 +16,8 @@ from sdtrain.params.schema import Params, Section
 
 _KINDS = ("literal[", "list[")
 """How pydantic's locations name the kinds of a field that has several."""
+_KEY = "[key]"
+"""How they end for a key of a mapping that isn't allowed."""
 
 
 def load_params(path: Path) -> Params:
@@ -70,7 +72,7 @@ def _describe(detail: ErrorDetails, schema: type[Params]) -> str:
 
 def _location(detail: ErrorDetails, schema: type[Params]) -> tuple[list[str], str]:
     """The keys that lead to a fault, and the kind of its section (see `_models_by_tag`)."""
-    location = [str(part) for part in detail["loc"] if not str(part).startswith(_KINDS)]
+    location = [str(part) for part in detail["loc"] if part != _KEY and not str(part).startswith(_KINDS)]
     has_kind = len(location) > 1 and len(_models_by_tag(schema, location[0])) > 1
     return location, location.pop(1) if has_kind else ""
 

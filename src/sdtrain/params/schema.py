@@ -51,9 +51,8 @@ class BaseParams(Section):
     """Config of Diffusers' UNet2DConditionModel: train a UNet of this structure from scratch."""
 
 
-ConditionName = Literal["hint", "foreground", "background", "mask", "light"]
-"""What a model may see besides the caption: a ControlNet's `hint`; for relighting the `foreground` or its `mask`, the
-`background`, and the `light` as an environment map."""
+ConditionName = Literal["hint"]
+"""What a model may see besides the caption: a ControlNet's `hint`."""
 
 
 class DatasetParams(Section):
@@ -83,7 +82,8 @@ class DatasetParams(Section):
     max_train_samples: PositiveInt | None
     """Stop at this many training images, taken in an order drawn from `seed`; null takes all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the images held out, chosen by a hash of their pixels, so copies stay in one split."""
+    """Share of the images held out, chosen by a hash of their pixels, so copies stay in one split; where an image has a
+    group, by a hash of that."""
     alpha_background: Annotated[str, StringConstraints(pattern=r"^#[0-9a-fA-F]{6}$")]
     """All but `generated`: colour behind transparent images, `#rrggbb`."""
     num_workers: NonNegativeInt
