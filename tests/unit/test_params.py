@@ -10,8 +10,9 @@ from pydantic import Field, SerializeAsAny
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.schedules import scaled_lr
 from sdtrain.params.load import check_params, load_params
-from sdtrain.params.rules import NEUTRAL, RULES, View
+from sdtrain.params.rules import RULES
 from sdtrain.params.schema import DatasetParams, FinetuneParams, Params, Section
+from sdtrain.params.view import NEUTRAL, View
 from sdtrain.training.optimizer import peak_lr
 
 ROOT = Path(__file__).parents[2]

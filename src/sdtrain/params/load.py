@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from sdtrain.ground.errors import InputError
-from sdtrain.params.rules import RULES, View
+from sdtrain.params.rules import RULES
 from sdtrain.params.schema import Params, Section
+from sdtrain.params.view import View
 
 _KINDS = ("literal[", "list[")
 """How pydantic's locations name the kinds of a field that has several."""

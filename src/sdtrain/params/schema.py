@@ -3,7 +3,7 @@
 This file has only fields: `load.py` reads the file, `rules.py` has the checks across fields. There are no defaults in
 code: all keys must be present.
 
-A field that says "only" must otherwise be null or as shipped (`NEUTRAL` in `rules.py`), so that no given value is
+A field that says "only" must otherwise be null or as shipped (`NEUTRAL` in `view.py`), so that no given value is
 silently ignored.
 """
 
