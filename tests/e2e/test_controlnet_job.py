@@ -1,4 +1,4 @@
-"""What recipes/controlnet.yaml promises, by the real `dvc`: objects lie where hints say, and a run says if it failed."""
+"""What recipes/controlnet.yaml promises, by the real `dvc`: objects lie where hints say; a run that failed says so."""
 
 import shutil
 
