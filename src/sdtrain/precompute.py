@@ -7,7 +7,6 @@ hint as the pixels of the same crop.
 
 import json
 import math
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -68,9 +67,8 @@ def precompute_latents(
                 total=manifest.splits[split].num_rows, desc=f"precompute {split}", unit="image", disable=None
             )
             while shard := list(islice(rows, _num_shard_rows(conditions))):
-                tensors = _encode_shard(params, seed, shard, vae, device, progress)
-                for name, condition in conditions.items():
-                    tensors[name] = torch.from_numpy(_condition_pixels(params, seed, shard, name, condition))
+                tensors = _encode_shard(params, seed, shard, conditions, vae, device, progress)
+                for name in conditions:
                     counts[f"num_blank_{name}s"] += int((tensors[name].flatten(1).amax(1) == 0).sum())
                 captions = [row["caption"] for row in shard]
                 tensors["input_ids"] = tokenize(tokenizer, captions)
@@ -119,17 +117,17 @@ def _cached_conditions(params: PrecomputeParams, dataset: DatasetManifest) -> di
 
 
 def _condition_pixels(
-    params: PrecomputeParams, seed: int, rows: list[dict], name: str, condition: CachedCondition
+    params: PrecomputeParams, seed: int, row: dict, image: np.ndarray, name: str, channels: int
 ) -> np.ndarray:
-    """One condition of each row, uint8 [len(rows), channels, resolution, resolution], cropped as its image is."""
-    found = np.empty((len(rows), *condition.shape), dtype=np.uint8)
-    for place, row in enumerate(rows):
-        if name in params.derived_conditions:
-            found[place] = canny_edges(_pixels(params, seed, [row])[0], seed, row["id"])
-        else:
-            crop = draw_crop((row["width"], row["height"]), params.resolution, params.center_crop, seed, row["id"])
-            found[place] = CONDITIONS[name].crop(row[name], crop, condition.shape[0])
-    return found
+    """A row's condition, uint8 [channels, resolution, resolution], cropped as its image is.
+
+    Args:
+        image: the row's, cropped, as `_pixels` gives it.
+    """
+    if name in params.derived_conditions:
+        return canny_edges(image, seed, row["id"])
+    crop = draw_crop((row["width"], row["height"]), params.resolution, params.center_crop, seed, row["id"])
+    return CONDITIONS[name].crop(row[name], crop, channels)
 
 
 def _num_shard_rows(conditions: dict[str, CachedCondition]) -> int:
@@ -138,11 +136,23 @@ def _num_shard_rows(conditions: dict[str, CachedCondition]) -> int:
 
 
 def _encode_shard(
-    params: PrecomputeParams, seed: int, rows: list[dict], vae, device, progress: tqdm
+    params: PrecomputeParams,
+    seed: int,
+    rows: list[dict],
+    conditions: dict[str, CachedCondition],
+    vae,
+    device,
+    progress: tqdm,
 ) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
-    for batch in _batches(rows, params.batch_size):
-        pixels = torch.from_numpy(_pixels(params, seed, batch)).to(device)
+    seen = {name: np.empty((len(rows), *condition.shape), dtype=np.uint8) for name, condition in conditions.items()}
+    for first in range(0, len(rows), params.batch_size):
+        batch = rows[first : first + params.batch_size]
+        images = _pixels(params, seed, batch)
+        for place, (row, image) in enumerate(zip(batch, images, strict=True), start=first):
+            for name, values in seen.items():
+                values[place] = _condition_pixels(params, seed, row, image, name, len(values[place]))
+        pixels = torch.from_numpy(images).to(device)
         for suffix, view in (("", pixels), *((("_flipped", pixels.flip(-1)),) if params.random_flip else ())):
             with torch.inference_mode():
                 posterior = vae.encode(view).latent_dist
@@ -157,7 +167,8 @@ def _encode_shard(
                     )
                 parts.setdefault(name + suffix, []).append(stored)
         progress.update(len(batch))
-    return {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
+    encoded = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
+    return encoded | {name: torch.from_numpy(values) for name, values in seen.items()}
 
 
 def _pixels(params: PrecomputeParams, seed: int, rows: list[dict]) -> np.ndarray:
@@ -168,11 +179,6 @@ def _pixels(params: PrecomputeParams, seed: int, rows: list[dict]) -> np.ndarray
             for row in rows
         ]
     )
-
-
-def _batches(rows: list[dict], size: int) -> Iterator[list[dict]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 class _Statistics:

@@ -1,13 +1,11 @@
 """A LoRA through everything that a run goes through, and the programs that load it."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 import yaml
@@ -18,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from sdtrain import cli
 from sdtrain.base import resolve_base
-from sdtrain.data.batches import BatchMaker
 from sdtrain.evaluate import evaluate_model
 from sdtrain.export import export_model
 from sdtrain.ground.errors import InputError
@@ -30,14 +27,14 @@ from sdtrain.params.load import load_params
 from sdtrain.sample import sample_grid
 from sdtrain.tools.overfit import overfit_batch
 from sdtrain.tools.plan import plan_run
-from sdtrain.train import train
 from sdtrain.training.devices import build_accelerator
 from sdtrain.training.identity import code_hashes
 from sdtrain.training.optimizer import build_lr_scheduler
 from sdtrain.training.spec import read_spec
 from sdtrain.training.step import optimizer_step
 from sdtrain.training.trainer import build_trainer
-from tests.conftest import ROOT, shrunk_tree
+from tests.conftest import ROOT
+from tests.integration.killed import assert_kill_changes_nothing
 from tests.integration.test_processes import Place, assert_same_curves
 
 METHOD = {**load_params(ROOT / "recipes" / "lora.yaml").method.model_dump(), "rank": 4, "alpha": 4}
@@ -109,36 +106,11 @@ def test_states_and_checkpoints_hold_what_trains(workspace, lora, run, tmp_path)
     assert adapter.stat().st_size < whole.stat().st_size / 10
 
 
-def run_elsewhere(workspace, folder: Path, kill_at: int, **sections: dict) -> subprocess.CompletedProcess:
-    """Train in a process of its own, which SIGKILL ends in the step that follows `kill_at` steps."""
-    (folder / "params.yaml").write_text(yaml.safe_dump(shrunk_tree(**sections)))
-    places = [str(path) for path in (folder, workspace.base, workspace.latents)]
-    return subprocess.run(
-        [sys.executable, "-m", "tests.integration.test_lora", *places, str(kill_at)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])},
-        capture_output=True,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize("method", [{"dropout": 0.1}, {"use_dora": True, "target_modules": "attention"}])
 def test_a_killed_run_resumes_to_the_bit(workspace, tmp_path, capfd, method):
     """With dropout of its own, and with DoRA's magnitudes."""
-    sections = changes(method, train={"max_steps": 6, "save_every_n_steps": 2}, export={"merged": True})
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    whole = workspace.train(tmp_path / "whole", **sections)
-    done = run_elsewhere(workspace, tmp_path / "killed", 3, **sections)
-    assert done.returncode == -9, done.stderr
-    capfd.readouterr()
-    killed = workspace.train(tmp_path / "killed", **sections)
-    assert "resumes from step 2 of 6" in capfd.readouterr().out
-    for name in ("best/raw", "best/ema", "last/raw", "last/ema"):
-        ours, theirs = ((place.checkpoints / name / ADAPTER_FILE).read_bytes() for place in (killed, whole))
-        assert ours == theirs, name
-    pd.testing.assert_frame_equal(killed.train_curve, whole.train_curve, check_exact=True)
-    pd.testing.assert_frame_equal(killed.validation_curve, whole.validation_curve, check_exact=True)
+    sections = changes(method, export={"merged": True})
+    assert_kill_changes_nothing(workspace, tmp_path, ADAPTER_FILE, capfd, sections)
 
 
 def test_two_processes_train_the_same_curve(workspace, tmp_path):
@@ -412,29 +384,3 @@ def test_the_plan_counts_what_trains_and_what_is_exported(workspace, tmp_path):
     assert "19.37 MiB" in planned({}, merged=True)[1]
     assert "37.46 MiB" in planned({}, merged=True, single_file=True)[1]
     assert "36.19 MiB" in planned({"use_dora": True}, merged=True, single_file=True)[1], "no adapter"
-
-
-def main(folder: str, base: str, latents: str, kill_at: str) -> None:
-    from sdtrain.training.files import TrainFiles
-
-    make = BatchMaker.make
-
-    def make_or_die(self, step, *arguments):
-        if str(step) == kill_at:
-            os.kill(os.getpid(), 9)
-        return make(self, step, *arguments)
-
-    BatchMaker.make = make_or_die
-    place = Path(folder)
-    train(
-        load_params(place / "params.yaml"),
-        TrainFiles(
-            base=Path(base), latents=Path(latents), checkpoints=place / "checkpoints", metrics=place / "train.json",
-            train_curve=place / "train.csv", speed_curve=place / "train_speed.csv",
-            validation_curve=place / "validation.csv", runs=place / "runs", states=place / "resume",
-        ),
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

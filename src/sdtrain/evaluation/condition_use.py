@@ -1,12 +1,11 @@
 """Whether a model uses what it is told: the condition-use gap of `held_out.py`, judged.
 
-A training loss can't tell: a ControlNet that ignores its hints, or a relighting model that ignores the light, draws
-good images all the same.
+A training loss can't tell: a ControlNet that ignores its hints draws good images all the same.
 """
 
 from sdtrain.evaluation.held_out import TEXT
 
-USED_SHARE = 0.1
+_USED_SHARE = 0.1
 """A condition counts as used if the held-out loss rises by this share with another image's."""
 _LEAST_SHARE = 0.002
 """A base whose loss rises by no more than twice this with wrong captions can't be a yardstick for captions."""
@@ -32,7 +31,7 @@ def unused(condition: str, gap: float | None, loss: float, base_share: float | N
             f"all held-out images have the same {name}: there is nothing to learn from it; check the "
             f"data set's {name}s (if only one image is held out, this can't be told: hold out more)"
         )
-    needed = USED_SHARE
+    needed = _USED_SHARE
     if condition == TEXT:
         needed = min(needed, base_share / 2)
     if gap >= needed * loss:
