@@ -16,6 +16,7 @@ def main() -> None:
         samples=paths.SAMPLES,
         metrics=paths.EVALUATE_METRICS,
         accuracy_table=paths.ACCURACY_TABLE,
+        relighting_table=paths.RELIGHTING_TABLE,
         out=paths.CARD,
     )
 

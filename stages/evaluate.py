@@ -18,6 +18,7 @@ def main() -> None:
         metrics=paths.EVALUATE_METRICS,
         loss_table=paths.LOSS_TABLE,
         accuracy_table=paths.ACCURACY_TABLE,
+        relighting_table=paths.RELIGHTING_TABLE,
     )
 
 

@@ -22,6 +22,7 @@ VALIDATION_CURVE = Path("metrics/validation.csv")
 EVALUATE_METRICS = Path("metrics/evaluate.json")
 LOSS_TABLE = Path("metrics/loss_by_timestep.csv")
 ACCURACY_TABLE = Path("metrics/prompt_accuracy.csv")
+RELIGHTING_TABLE = Path("metrics/relighting.csv")
 
 _ROOT = Path(os.environ.get("DVC_ROOT", "."))
 RUNS = _ROOT / "runs"

@@ -8,7 +8,13 @@ from stages import paths, run
 def main() -> None:
     params = load_params(paths.PARAMS)
     sample_grid(
-        params.sample, params.seed, base=paths.BASE, latents=paths.LATENTS, model=paths.MODEL, out=paths.SAMPLES
+        params.sample,
+        params.seed,
+        base=paths.BASE,
+        dataset=paths.DATASET,
+        latents=paths.LATENTS,
+        model=paths.MODEL,
+        out=paths.SAMPLES,
     )
 
 

@@ -27,6 +27,32 @@ HINTED = {
     "sample": {"prompts": [], "num_held_out": 2},
 }
 """Changes that make it a ControlNet's."""
+IC_LIGHT = {
+    "name": "ic_light", "variant": "fc", "light": "words", "light_size": None, "num_light_tokens": None,
+    "consistency_weight": 0.0, "phi": None, "consistency_latents": None,
+}  # fmt: skip
+BY_MAP = {"light": "map", "light_size": [1, 5], "num_light_tokens": 3}
+
+
+def lit(conditions: str, **method: object) -> dict[str, dict]:
+    """Changes that make it IC-Light's, with these conditions, by name, and these settings of the method."""
+    world = "lit_by_map" if method.get("light") == "map" else "lit"
+    columns = {name: name for name in conditions.split()}
+    return {
+        "dataset": {"world": world, "new_fraction": 0.0, "condition_columns": columns},
+        "method": {**IC_LIGHT, **method},
+        "train": {"lr": 1e-3},
+        "sample": {"prompts": [], "num_held_out": 2, "images_per_prompt": 1},
+    }
+
+
+WORDS = lit("foreground")
+CONSISTENT = lit("foreground light mask", **BY_MAP, consistency_weight=0.1, phi="mlp", consistency_latents="shared")
+EVERYTHING_LIT = lit(
+    "foreground background light mask light_1 relit_1 relit_2",
+    **{**BY_MAP, "variant": "fbc", "consistency_weight": 0.1, "phi": "mlp", "consistency_latents": "own"},
+)
+"""All conditions that there are, so that runs of every variant can share the cache."""
 
 
 def merged(first: dict[str, dict], second: dict[str, dict]) -> dict[str, dict]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from sdtrain.ground import hub
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, read_json, sha256_file, write_json
-from sdtrain.ground.layout import CONTROLNET
+from sdtrain.ground.headers import read_shapes
+from sdtrain.ground.layout import CONTROLNET, UNET_OFFSET
 from sdtrain.ground.manifests import BaseManifest
 from sdtrain.params.schema import BaseParams
 
@@ -78,6 +79,10 @@ def resolve_base(params: BaseParams, seed: int, out: Path) -> BaseManifest:
         if params.unet_config is not None:
             _init_unet(params.unet_config, seed, folder)
             sources.append({"unet_config": params.unet_config, "seed": seed, "parts": ["unet"]})
+        if Path(params.unet_offset).is_file():
+            sources.append(_take_offset(Path(params.unet_offset), folder))
+        elif not Path(params.unet_offset).exists():
+            raise InputError(f"base.unet_offset = '{params.unet_offset}': no such file; data/offset, a folder, is none")
         check_fit(folder)
         write_json(folder / "model_index.json", {**_PIPELINE, "_diffusers_version": version("diffusers")})
         files = {str(p.relative_to(folder)): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -222,6 +227,41 @@ def _files_of(where: str, part: str, names: list[str]) -> list[str]:
         hint = " (it has pickled weights, which sdtrain never loads: convert them to safetensors)" if pickles else ""
         raise InputError(f"{where}: lacks {', '.join(missing)}{hint}")
     return found
+
+
+def _take_offset(file: Path, folder: Path) -> dict:
+    """Copy a UNet's offset to a folder of its own, with the config of the UNet that it leads to.
+
+    Raises:
+        InputError: it isn't one of this base's UNet, with more input channels.
+    """
+    where, shapes = f"base.unet_offset = '{file}'", read_shapes(file)
+    base: dict[str, tuple[int, ...]] = {}
+    for weights in sorted((folder / "unet").glob("*.safetensors")):
+        base |= read_shapes(weights)
+    first, config = "conv_in.weight", read_json(folder / "unet" / "config.json")
+    differ = shapes.keys() ^ base.keys()
+    if differ:
+        raise InputError(
+            f"{where}: has not the same tensors as the base's UNet: {len(differ)} are in one of them only, e.g. "
+            f"{min(differ)}; expected trained minus base, in Diffusers' keys"
+        )
+    differ = [name for name in base if name != first and shapes[name] != base[name]]
+    differ += [first] if shapes[first][:1] + shapes[first][2:] != base[first][:1] + base[first][2:] else []
+    if differ:
+        name = min(differ)
+        fault = f"{name} has shape {list(shapes[name])}, the base's {list(base[name])}"
+        raise InputError(f"{where}: {fault}; it is the offset of another base's UNet")
+    channels, possible = shapes[first][1], [base[first][1] * 2, base[first][1] * 3]
+    if channels not in possible:
+        raise InputError(
+            f"{where}: {first} has {channels} input channels, expected {possible[0]} (foreground) or {possible[1]} "
+            "(foreground and background)"
+        )
+    (folder / UNET_OFFSET).mkdir()
+    write_json(folder / UNET_OFFSET / "config.json", {**config, "in_channels": channels})
+    shutil.copyfile(file, folder / UNET_OFFSET / "diffusion_pytorch_model.safetensors")
+    return {"path": str(file), "parts": [UNET_OFFSET]}
 
 
 def _init_unet(config: dict, seed: int, folder: Path) -> None:

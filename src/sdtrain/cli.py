@@ -10,9 +10,16 @@ from sdtrain.ground.errors import InputError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from PIL import Image
-
+    from sdtrain.models.pipelines import Conditions
     from sdtrain.training.files import TrainFiles
+
+
+_CONDITIONS = {
+    "hint": "a ControlNet's image",
+    "foreground": "IC-Light's object: an image with transparency, or on grey (127, 127, 127)",
+    "background": "IC-Light's background image, of variant fbc",
+    "light": "IC-Light's environment map, .npy or .hdr, of a model that takes maps",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -23,7 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--base", type=Path, help="the base of an adapter or a checkpoint (data/base)")
     command.add_argument("--weights", choices=["ema", "raw"], help="a checkpoint's weights (ema if it has them)")
     command.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    command.add_argument("--hint", type=Path, action="append", help="a ControlNet's: one image, or one per prompt")
+    for condition, help in _CONDITIONS.items():
+        command.add_argument(f"--{condition}", type=Path, action="append", help=f"{help}; one, or one per prompt")
     command.add_argument("--negative-prompt", default="", help="what to steer away from")
     command.add_argument("--num-images", type=_positive, default=1, help="images per prompt (%(default)s)")
     command.add_argument(
@@ -72,7 +80,7 @@ def _generate(options: argparse.Namespace) -> None:
     from sdtrain.ground.layout import MERGED
     from sdtrain.methods.checkpoints import is_checkpoint, load_checkpoint
     from sdtrain.models.parts import pick_device
-    from sdtrain.models.pipelines import generate, takes_hints
+    from sdtrain.models.pipelines import generate
     from sdtrain.models.trained import load_model, needs_base
 
     base, of_checkpoint = options.base or Path("data/base"), is_checkpoint(options.model)
@@ -88,7 +96,7 @@ def _generate(options: argparse.Namespace) -> None:
         pipeline = method.pipeline(scheduler).to(pick_device())
     else:
         pipeline = load_model(options.model, base)
-    conditions = {"hint": _hints(options, pipeline)} if takes_hints(pipeline) or options.hint else {}
+    conditions = _conditions(options, pipeline)
     prompts = [prompt for prompt in options.prompt for _ in range(options.num_images)]
     seeds = [options.seed + place for _ in options.prompt for place in range(options.num_images)]
     images = generate(
@@ -108,26 +116,31 @@ def _generate(options: argparse.Namespace) -> None:
         print(f"{path}: {prompt}")
 
 
-def _hints(options: argparse.Namespace, pipeline: "DiffusionPipeline") -> "list[Image.Image]":
-    """A hint for each image, as large as the image: cropped as training crops, to the square that the model draws.
+def _conditions(options: argparse.Namespace, pipeline: "DiffusionPipeline") -> "Conditions":
+    """The conditions of each image, cropped as training crops, to the square that the model draws.
 
     Raises:
-        InputError: there isn't one for each prompt, the model sees none, or a file can't be read.
+        InputError: one is missing, or isn't one of the model's; there isn't one for each prompt; a file can't be read.
     """
     from sdtrain.data.conditions import read_condition
-    from sdtrain.models.pipelines import drawn_px, takes_hints
+    from sdtrain.models.pipelines import drawn_px, seen_by
 
-    given = options.hint or []
-    if not takes_hints(pipeline):
-        raise InputError(f"--hint {given[0]}: {options.model} isn't a ControlNet, so it sees no hint; leave it out")
-    if len(given) not in (1, len(options.prompt)):
-        raise InputError(
-            f"{options.model} is a ControlNet: give --hint once, or once for each --prompt; there are {len(given)} for "
-            f"{len(options.prompt)}"
-        )
-    files = given if len(given) > 1 else given * len(options.prompt)
-    hints = {file: read_condition("hint", file, drawn_px(pipeline)) for file in files}
-    return [hints[file] for file in files for _ in range(options.num_images)]
+    seen, side, conditions = seen_by(pipeline), drawn_px(pipeline), {}
+    for name in _CONDITIONS:
+        given = getattr(options, name) or []
+        if given and name not in seen:
+            sees = f"sees {' and '.join(seen)}" if seen else "sees prompts only"
+            raise InputError(f"--{name} {given[0]}: {options.model} {sees}; leave it out")
+        if name in seen and len(given) not in (1, len(options.prompt)):
+            raise InputError(
+                f"{options.model} sees a {name}: give --{name} once, or once for each --prompt; there are {len(given)} "
+                f"for {len(options.prompt)}"
+            )
+        if name in seen:
+            files = given if len(given) > 1 else given * len(options.prompt)
+            found = {file: read_condition(name, file, side) for file in files}
+            conditions[name] = [found[file] for file in files for _ in range(options.num_images)]
+    return conditions
 
 
 def _plan(options: argparse.Namespace) -> None:

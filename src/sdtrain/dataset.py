@@ -19,14 +19,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sdtrain.data.conditions import CONDITIONS
+from sdtrain.data.conditions import CONDITIONS, Cleaned, check_light_part
 from sdtrain.data.images import DAMAGED_EXIF, BadImage, clean_image
 from sdtrain.data.shards import SPLITS, DatasetWriter
 from sdtrain.data.sources import Candidate, open_source
 from sdtrain.ground import randomness
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import PARTIAL, new_folder, sha256_json, write_json
-from sdtrain.ground.manifests import DatasetCondition, DatasetManifest, DatasetSplit
+from sdtrain.ground.manifests import DatasetCondition, DatasetLight, DatasetManifest, DatasetSplit
 from sdtrain.params.schema import DatasetParams
 
 
@@ -38,8 +38,7 @@ class Kept:
     """By the columns of its shard."""
     group: str
     """By which its split is drawn."""
-    channels: dict[str, int]
-    """Of its conditions."""
+    conditions: dict[str, Cleaned]
     notes: list[str]
 
 
@@ -52,7 +51,7 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
     """
     with new_folder(out) as folder, _scratch_folder(out) as scratch:
         source = open_source(params, seed, scratch)
-        conditions = dict.fromkeys(sorted(params.condition_columns), 0)  # the most channels of any row
+        conditions = dict.fromkeys(sorted(params.condition_columns), 0)  # most channels of a row, or the maps' shape
         writers = {split: DatasetWriter(folder, split, list(conditions)) for split in SPLITS}
         outcomes, notes = Counter(), Counter()
         # A file's name can be any bytes, not only valid text.
@@ -64,6 +63,7 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
             for candidate, found in _checked(map(source.read, source.order), params):
                 num_read += 1
                 progress.update()
+                found = found if isinstance(found, str) else _of_one_shape(found, conditions)
                 origins = [candidate.conditions[name].origin for name in conditions]
                 if isinstance(found, str):
                     table.writerow([candidate.name, "dropped", found, "", *origins])
@@ -73,7 +73,8 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
                 held_out = randomness.uniform(0, "split", randomness.hash64(found.group))
                 split = "validation" if held_out < params.validation_fraction else "train"
                 notes.update(note.split(":")[0] for note in found.notes)
-                conditions = {name: max(most, found.channels[name]) for name, most in conditions.items()}
+                for name, cleaned in found.conditions.items():
+                    conditions[name] = cleaned.map_shape or max(conditions[name], cleaned.channels)
                 writers[split].add(found.row)
                 table.writerow([candidate.name, split, "; ".join(found.notes), found.row["id"], *origins])
                 if writers["train"].num_rows == params.max_train_samples:
@@ -90,7 +91,10 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
         told = [DatasetManifest.VERSION, {name: split.model_dump() for name, split in splits.items()}]
         manifest = DatasetManifest(
             source=source.record,
-            conditions={name: DatasetCondition(channels=channels) for name, channels in conditions.items()},
+            conditions={
+                name: DatasetCondition(channels=form) if isinstance(form, int) else DatasetLight(shape=form)
+                for name, form in conditions.items()
+            },
             splits=splits,
             dropped=reasons,
             noted=dict(sorted(notes.items())),
@@ -155,6 +159,15 @@ def _checked(candidates: Iterable[Candidate], params: DatasetParams) -> Iterator
             yield candidate, found.result()
 
 
+def _of_one_shape(found: Kept, conditions: dict[str, int | tuple[int, ...]]) -> Kept | str:
+    """A row as it is, or why it is dropped: all maps of a light have the shape of the first that is kept."""
+    for name, cleaned in found.conditions.items():
+        if cleaned.map_shape and conditions[name] not in (0, cleaned.map_shape):
+            here, first = ("x".join(map(str, shape)) for shape in (cleaned.map_shape, conditions[name]))
+            return f"{name} shape differs: {here}, first row {first}"
+    return found
+
+
 def _check(candidate: Candidate, background: str) -> Kept | str:
     if not isinstance(candidate.caption, str):
         return "caption is missing" if candidate.caption is None else "caption is not text"
@@ -171,6 +184,9 @@ def _check(candidate: Candidate, background: str) -> Kept | str:
             if file.data is None:
                 return f"{part} is missing"
             conditions[part] = CONDITIONS[part].clean(file.data, image.size)
+        if {"light", "light_1"} <= conditions.keys():
+            part = "light_1"
+            check_light_part(conditions["light"].data, conditions[part].data)
     except BadImage as fault:
         return str(fault) if part == "image" else f"{part} {fault}"
     except MemoryError:  # not dropped: another machine would keep it
@@ -191,6 +207,6 @@ def _check(candidate: Candidate, background: str) -> Kept | str:
     return Kept(
         row | {name: found.data for name, found in conditions.items()},
         pixels if candidate.group is None else str(candidate.group),
-        {name: found.channels for name, found in conditions.items()},
+        conditions,
         [note for note in notes if note],
     )

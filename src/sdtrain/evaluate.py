@@ -1,4 +1,4 @@
-"""Metrics on held-out data: loss and condition use of base and trained, and on generated scenes prompt accuracy."""
+"""Metrics on held-out data: loss and condition use of base and trained, and how right images of generated scenes are."""
 
 import sys
 from pathlib import Path
@@ -11,15 +11,16 @@ from sdtrain.data.shards import LatentShards
 from sdtrain.evaluation.condition_use import unused
 from sdtrain.evaluation.held_out import HeldOut, conditions_of
 from sdtrain.evaluation.prompt_accuracy import World, prompt_accuracy
+from sdtrain.evaluation.relighting import relighting_accuracy
 from sdtrain.ground import randomness
 from sdtrain.ground.files import write_json, write_text
 from sdtrain.ground.manifests import DatasetManifest, LatentsManifest, encoders_fingerprint
 from sdtrain.ground.statistics import bootstrap_interval
 from sdtrain.methods import build_method, first_parts
 from sdtrain.methods.method import Method
+from sdtrain.models.ic_light import IcLightPipeline
 from sdtrain.models.parts import load_others, parts_of
-from sdtrain.models.pipelines import load_pipeline
-from sdtrain.models.trained import load_model
+from sdtrain.models.trained import load_base_pipeline, load_model
 from sdtrain.params.schema import EvaluateParams, Section
 
 
@@ -34,38 +35,58 @@ def evaluate_model(
     metrics: Path,
     loss_table: Path,
     accuracy_table: Path,
+    relighting_table: Path,
 ) -> None:
     """Compare the `model` with its `base`.
 
     `method` is the section of params.yaml that the model was trained with.
 
-    Writes flat numbers to `metrics`; the held-out loss by timestep to `loss_table`; and for generated
-    scenes the accuracy by kind of prompt and field to `accuracy_table` (else a table without rows).
+    Writes flat numbers to `metrics`; the held-out loss by timestep to `loss_table`; and for generated scenes the
+    accuracy by kind of prompt and field to `accuracy_table`, or of lit scenes the metrics of relighting to
+    `relighting_table` (else tables without rows).
     """
-    pipelines = {"base": load_pipeline(base), "trained": load_model(model, base)}
+    pipelines = {"base": load_base_pipeline(base), "trained": load_model(model, base)}
     shards = LatentShards(latents, "validation", encoders_fingerprint(base))
-    world = _world(DatasetManifest.read(dataset), shards.manifest)
+    data = DatasetManifest.read(dataset)
+    world, accuracies, relit = _world(data, shards.manifest), [], []
     # Before a method changes the pipelines' parts.
-    rows = prompt_accuracy(params, seed, pipelines, world) if world else []
+    if data.is_lit:
+        relit = relighting_accuracy(params, seed, pipelines, by_map=data.world == "lit_by_map")
+    elif world:
+        accuracies = prompt_accuracy(params, seed, pipelines, world)
     numbers, table = _held_out_loss(params, seed, _build(method, pipelines, base, shards.manifest), pipelines, shards)
-    write_text(loss_table, table.to_csv(index=False, lineterminator="\n"))
-    if world:
-        numbers |= {f"{row['prompts']}_{row['field']}_accuracy_{row['model']}": row["accuracy"] for row in rows}
+    numbers |= {f"{row['prompts']}_{row['field']}_accuracy_{row['model']}": row["accuracy"] for row in accuracies}
+    numbers |= _relighting_numbers(relit)
+    if accuracies or relit:
         numbers["num_prompts"] = params.num_prompts
-    columns = ["prompts", "field", "model", "accuracy", "ci_low", "ci_high", "num"]
-    write_text(accuracy_table, pd.DataFrame(rows, columns=columns).to_csv(index=False, lineterminator="\n"))
+    for path, rows, first in (
+        (accuracy_table, accuracies, ["prompts", "field", "model", "accuracy"]),
+        (relighting_table, relit, ["metric", "model", "value"]),
+    ):
+        columns = [*first, "ci_low", "ci_high", "num"]
+        write_text(path, pd.DataFrame(rows, columns=columns).to_csv(index=False, lineterminator="\n"))
+    write_text(loss_table, table.to_csv(index=False, lineterminator="\n"))
     write_json(metrics, numbers)
     for name, value in numbers.items():
         print(f"{name:40} {value:.5g}")
 
 
+def _relighting_numbers(rows: list[dict]) -> dict[str, float]:
+    """Every model's value, and the trained one's interval and number."""
+    numbers = {f"{row['metric']}_{row['model']}": row["value"] for row in rows}
+    for row in rows:
+        if row["model"] == "trained":
+            numbers |= {f"{row['metric']}_trained_{key}": row[key] for key in ("ci_low", "ci_high", "num")}
+    return numbers
+
+
 def _world(dataset: DatasetManifest, latents: LatentsManifest) -> World | None:
-    """The generated scenes; None if the images are others, which arithmetic can't measure."""
-    if "generated" not in dataset.source:
+    """The generated scenes of shapes; None if the images are others."""
+    if dataset.world is None or dataset.is_lit:
         return None
     hint = "outline" if "hint" in dataset.conditions else latents.params["derived_conditions"].get("hint")
     has_new = dataset.source.get("new_fraction", 1) > 0
-    return World(free=dataset.source.get("world") == "free_shapes", has_new=has_new, hint=hint)
+    return World(free=dataset.world == "free_shapes", has_new=has_new, hint=hint)
 
 
 def _build(
@@ -75,8 +96,8 @@ def _build(
     built = {}
     for name, pipeline in pipelines.items():
         parts = parts_of(pipeline)
-        if name == "base":
-            parts.others |= load_others(base, first_parts(params))
+        if name == "base" and not isinstance(pipeline, IcLightPipeline):  # which has what the method starts from
+            parts.others |= load_others(base, first_parts(params, base))
             parts.set_resolution(latents.params["resolution"])
         built[name] = build_method(params, parts)
         for module in (*parts.modules(), built[name].trained):

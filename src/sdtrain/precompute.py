@@ -1,12 +1,15 @@
 """The latent cache: every image encoded by the frozen VAE, every caption by the tokenizer.
 
 It stores the VAE's posterior (mean and log-variance), not one sample of it, and with `random_flip` also
-that of the flipped image, because flipping a latent doesn't give it. Conditions are cached as methods need them: a
-hint as the pixels of the same crop.
+that of the flipped image, because flipping a latent doesn't give it. Conditions are cached as methods need them, and
+as `data/conditions.py` says: images as pixels of the same crop or as the mode of their own posterior, a mask at the
+latents' size, a light map as it is.
 """
 
 import json
 import math
+from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sdtrain.data.conditions import CONDITIONS
+from sdtrain.data.conditions import CONDITIONS, area_mean, on_grey
+from sdtrain.data.degradations import degraded
 from sdtrain.data.edges import canny_edges
 from sdtrain.data.images import decode_rgb, draw_crop, square_pixels
 from sdtrain.data.shards import NUM_PROBES, PROBE, SPLITS, read_dataset
@@ -34,6 +38,8 @@ from sdtrain.params.schema import PrecomputeParams
 
 _SHARD_ROWS, _SHARD_BYTES = 2048, 512 * 2**20
 """The most rows of a shard, and bytes of their conditions, as it is put together in memory."""
+_DTYPES = {"pixels": np.uint8, "latents": np.float16, "mask": np.float16, "light": np.float32}
+"""By a condition's kind."""
 
 
 def precompute_latents(
@@ -42,7 +48,8 @@ def precompute_latents(
     """Encode `dataset` with the VAE and tokenizer of `base` into `out`; counts and statistics to `metrics`.
 
     Raises:
-        InputError: the resolution isn't a multiple of the VAE's factor, or an encoding isn't finite.
+        InputError: the resolution isn't a multiple of the VAE's factor, no foreground has the alpha that masks are to
+            be made of, or an encoding isn't finite.
     """
     manifest = DatasetManifest.read(dataset)
     fingerprint = encoders_fingerprint(base)
@@ -56,7 +63,8 @@ def precompute_latents(
         )
     vae.to(device)
     max_token_id = 0
-    conditions = _cached_conditions(params, manifest)
+    latent_shape = (vae.config.latent_channels, params.resolution // factor, params.resolution // factor)
+    conditions = _cached_conditions(params, manifest, latent_shape)
     counts = {"num_truncated_captions": 0, "num_upscaled": 0, **{f"num_blank_{name}s": 0 for name in conditions}}
     statistics = _Statistics(vae.config.scaling_factor)
     splits: dict[str, list[Shard]] = {}
@@ -66,10 +74,10 @@ def precompute_latents(
             progress = tqdm(
                 total=manifest.splits[split].num_rows, desc=f"precompute {split}", unit="image", disable=None
             )
-            while shard := list(islice(rows, _num_shard_rows(conditions))):
-                tensors = _encode_shard(params, seed, shard, conditions, vae, device, progress)
+            while shard := list(islice(rows, _num_shard_rows(params, conditions))):
+                tensors, num_blank = _encode_shard(params, seed, shard, manifest, conditions, vae, device, progress)
                 for name in conditions:
-                    counts[f"num_blank_{name}s"] += int((tensors[name].flatten(1).amax(1) == 0).sum())
+                    counts[f"num_blank_{name}s"] += num_blank[name]
                 captions = [row["caption"] for row in shard]
                 tensors["input_ids"] = tokenize(tokenizer, captions)
                 max_token_id = max(max_token_id, tensors["input_ids"].max().item())
@@ -108,30 +116,64 @@ def precompute_latents(
     )
 
 
-def _cached_conditions(params: PrecomputeParams, dataset: DatasetManifest) -> dict[str, CachedCondition]:
-    """What is cached of each condition: those of the data set, and those computed from the image."""
-    channels = {name: condition.channels for name, condition in dataset.conditions.items()}
-    channels |= dict.fromkeys(params.derived_conditions, 1)
-    shape = (params.resolution, params.resolution)
-    return {name: CachedCondition(kind="pixels", shape=(number, *shape)) for name, number in sorted(channels.items())}
+def _cached_conditions(
+    params: PrecomputeParams, dataset: DatasetManifest, latent_shape: tuple[int, int, int]
+) -> dict[str, CachedCondition]:
+    """What is cached of each condition: those of the data set, and those computed of the others and the image."""
+    given, derived, side = dataset.conditions, params.derived_conditions, params.resolution
+    if "mask" in derived and given["foreground"].channels != 4:
+        raise InputError(
+            f"precompute.derived_conditions.mask = {derived['mask']!r}: no foreground of the data set is transparent "
+            "anywhere; give files with an alpha channel, or masks in dataset.condition_columns"
+        )
+    cached = {}
+    for name in sorted({*given, *derived}):
+        kind = CONDITIONS[name].kind
+        if kind == "pixels":
+            shape = (given[name].channels if name in given else 1, side, side)
+        elif kind == "light":
+            shape = given[name].shape
+        else:
+            shape = (1 if kind == "mask" else latent_shape[0], *latent_shape[1:])
+        cached[name] = CachedCondition(kind=kind, shape=shape)
+    return cached
 
 
-def _condition_pixels(
-    params: PrecomputeParams, seed: int, row: dict, image: np.ndarray, name: str, channels: int
-) -> np.ndarray:
-    """A row's condition, uint8 [channels, resolution, resolution], cropped as its image is.
+def _row_conditions(
+    params: PrecomputeParams, seed: int, row: dict, image: np.ndarray, dataset: DatasetManifest
+) -> dict[str, np.ndarray]:
+    """A row's conditions, cropped as its image is, R = resolution.
+
+    Pixels and mask are uint8 [channels, R, R], a light float32 [H, W, 3], and what is cached as latents is as the VAE
+    gets it, float32 [3, R, R].
 
     Args:
         image: the row's, cropped, as `_pixels` gives it.
     """
-    if name in params.derived_conditions:
-        return canny_edges(image, seed, row["id"])
-    crop = draw_crop((row["width"], row["height"]), params.resolution, params.center_crop, seed, row["id"])
-    return CONDITIONS[name].crop(row[name], crop, channels)
+    crop, derived = draw_crop((row["width"], row["height"]), params.resolution, params.center_crop, seed, row["id"]), {}
+    given = {
+        name: CONDITIONS[name].crop(row[name], crop, condition.channels)
+        for name, condition in dataset.conditions.items()
+    }
+    if "hint" in params.derived_conditions:
+        derived["hint"] = canny_edges(image, seed, row["id"])
+    if "mask" in params.derived_conditions:
+        derived["mask"] = given["foreground"][3:]
+    if "foreground" in params.derived_conditions:
+        derived["foreground"] = degraded(image, given["mask"][0].astype(np.float32) / 255, seed, row["id"])
+    found = given | derived
+    for name, values in found.items():
+        if CONDITIONS[name].kind == "latents":
+            is_object = name == "foreground"
+            found[name] = on_grey(values, found.get("mask")) if is_object else values.astype(np.float32) / 127.5 - 1
+    return found
 
 
-def _num_shard_rows(conditions: dict[str, CachedCondition]) -> int:
-    row_bytes = sum(math.prod(condition.shape) for condition in conditions.values())
+def _num_shard_rows(params: PrecomputeParams, conditions: dict[str, CachedCondition]) -> int:
+    row_bytes = 0
+    for condition in conditions.values():
+        num_views = 2 if condition.kind == "latents" and params.random_flip else 1
+        row_bytes += num_views * math.prod(condition.shape) * np.dtype(_DTYPES[condition.kind]).itemsize
     return max(1, min(_SHARD_ROWS, _SHARD_BYTES // max(1, row_bytes)))
 
 
@@ -139,36 +181,65 @@ def _encode_shard(
     params: PrecomputeParams,
     seed: int,
     rows: list[dict],
+    dataset: DatasetManifest,
     conditions: dict[str, CachedCondition],
     vae,
     device,
     progress: tqdm,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Counter[str]]:
+    """The rows' columns but for the captions', and how many of each condition are blank. A batch's pixels at a time."""
     parts: dict[str, list[Tensor]] = {}
-    seen = {name: np.empty((len(rows), *condition.shape), dtype=np.uint8) for name, condition in conditions.items()}
+    seen, num_blank = {}, Counter()
+    for name, condition in conditions.items():
+        for suffix in ("", "_flipped")[: 2 if condition.kind == "latents" and params.random_flip else 1]:
+            seen[name + suffix] = np.empty((len(rows), *condition.shape), dtype=_DTYPES[condition.kind])
     for first in range(0, len(rows), params.batch_size):
         batch = rows[first : first + params.batch_size]
         images = _pixels(params, seed, batch)
-        for place, (row, image) in enumerate(zip(batch, images, strict=True), start=first):
-            for name, values in seen.items():
-                values[place] = _condition_pixels(params, seed, row, image, name, len(values[place]))
-        pixels = torch.from_numpy(images).to(device)
-        for suffix, view in (("", pixels), *((("_flipped", pixels.flip(-1)),) if params.random_flip else ())):
-            with torch.inference_mode():
-                posterior = vae.encode(view).latent_dist
+        for suffix, posterior in _posteriors(params, vae, device, images):
             for name, values in (("mean", posterior.mean), ("logvar", posterior.logvar)):
-                stored = values.half().cpu()
-                finite = stored.isfinite().flatten(1).all(1)
-                if not finite.all():
-                    bad = [row["id"] for row, ok in zip(batch, finite, strict=True) if not ok]
-                    raise InputError(
-                        f"the VAE's {name} isn't finite for {', '.join(bad)} (ids in inputs.csv); "
-                        "remove the images, or use another VAE"
-                    )
-                parts.setdefault(name + suffix, []).append(stored)
+                parts.setdefault(name + suffix, []).append(_stored(values, name, batch))
+        found = [_row_conditions(params, seed, row, image, dataset) for row, image in zip(batch, images, strict=True)]
+        places = slice(first, first + len(batch))
+        for name, condition in conditions.items():
+            values = np.stack([row[name] for row in found])
+            blank = values == CONDITIONS[name].blank
+            num_blank[name] += int(blank.reshape(len(batch), -1).all(axis=1).sum())
+            if condition.kind == "latents":
+                for suffix, posterior in _posteriors(params, vae, device, values):
+                    seen[name + suffix][places] = _stored(posterior.mode(), f"mean of the {name}", batch)
+            elif condition.kind == "mask":
+                seen[name][places] = [area_mean(mask, params.resolution // condition.shape[-1]) for mask in values]
+            else:
+                seen[name][places] = values
         progress.update(len(batch))
     encoded = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
-    return encoded | {name: torch.from_numpy(values) for name, values in seen.items()}
+    return encoded | {name: torch.from_numpy(values) for name, values in seen.items()}, num_blank
+
+
+def _posteriors(params: PrecomputeParams, vae, device, pixels: np.ndarray) -> Iterator[tuple[str, object]]:
+    """The VAE's posterior of pixels [B, 3, R, R], and of the flipped ones where they are cached, by names' suffix."""
+    view = torch.from_numpy(pixels).to(device)
+    for suffix in ("", "_flipped")[: 1 + params.random_flip]:
+        with torch.inference_mode():
+            yield suffix, vae.encode(view.flip(-1) if suffix else view).latent_dist
+
+
+def _stored(values: Tensor, name: str, rows: list[dict]) -> Tensor:
+    """float16, in the machine's memory.
+
+    Raises:
+        InputError: not all is finite.
+    """
+    stored = values.half().cpu()
+    finite = stored.isfinite().flatten(1).all(1)
+    if not finite.all():
+        bad = [row["id"] for row, ok in zip(rows, finite, strict=True) if not ok]
+        raise InputError(
+            f"the VAE's {name} isn't finite for {', '.join(bad)} (ids in inputs.csv); "
+            "remove the images, or use another VAE"
+        )
+    return stored
 
 
 def _pixels(params: PrecomputeParams, seed: int, rows: list[dict]) -> np.ndarray:

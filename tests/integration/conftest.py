@@ -16,7 +16,7 @@ from sdtrain.params.schema import Params
 from sdtrain.precompute import precompute_latents
 from sdtrain.train import train
 from sdtrain.training.files import TrainFiles
-from tests.conftest import HINTED, merged
+from tests.conftest import EVERYTHING_LIT, HINTED, merged
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,12 @@ def workspace(tmp_path_factory, make_params, root) -> Workspace:
 @pytest.fixture(scope="session")
 def hinted(tmp_path_factory, make_params, root) -> Workspace:
     return Workspace(tmp_path_factory.mktemp("hinted"), make_params, root, HINTED)
+
+
+@pytest.fixture(scope="session")
+def relit(tmp_path_factory, make_params, root) -> Workspace:
+    """With light by map, and in its cache every condition that a variant of IC-Light may need."""
+    return Workspace(tmp_path_factory.mktemp("relit"), make_params, root, EVERYTHING_LIT)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import get_args
 
@@ -50,6 +51,23 @@ EXPORT = {
     "checkpoint": "best", "weights": "ema", "dtype": "fp16", "name": "sdtrain", "merged": False, "single_file": False,
 }  # fmt: skip
 FINGERPRINT = "0123456789ab"
+CAPTIONS = ["a large red circle on a blue background", "a large green star on a gray background"]
+RELIT_COLUMNS = "metric,model,value,ci_low,ci_high,num"
+RELIT_VALUES = {
+    "light_direction_accuracy": (0.25, 0.9, 0.28125, 1.0),
+    "light_direction_error_deg": (88.0, 14.96, 90.0, 2.5),
+    "albedo_error": (0.7, 0.2, 0.4567, 0.123),
+    "albedo_chroma_error": (0.5, 0.1, 0.3, 0.05),
+    "color_accuracy": (0.5, 0.96875, 0.75, 1.0),
+    "foreground_iou": (0.4, 0.97, 1.0, 0.99),
+    "linearity_error": (0.9, 0.3, 1.0, 0.21),
+    "light_sensitivity": (0.05, 0.28, 0.0, 0.32),
+}
+RELIT_ROWS = [
+    (metric, model, value, value / 2, value * 1.01, 40 if metric in ("linearity_error", "light_sensitivity") else 160)
+    for metric, values in RELIT_VALUES.items()
+    for model, value in zip(("base", "trained", "copy", "vae"), values, strict=True)
+]
 HOSTILE = (
     "a `x` ``` <b>|<img src=x> [l](u) ![i](u) *e* _e_ # h $(rm) 'q' \"d\" \\ &amp; www.a.b @me\n\n---\n```\n# heading\n"
 )
@@ -62,16 +80,22 @@ class Project:
         self.folder, self.make_params = folder, make_params
         self.base, self.model, self.samples, self.out = (folder / n for n in ("base", "model", "samples", "card"))
         self.metrics, self.accuracies = folder / "evaluate.json", folder / "prompt_accuracy.csv"
+        self.relighting = folder / "relighting.csv"
 
-    def build(self, *, files: dict[str, int], sources=LOCAL, unet=(64, 128), generated=True, export=None, **changes):
+    def build(
+        self, *, files: dict[str, int], sources=LOCAL, unet=(64, 128), generated=True, export=None, made=None, **changes
+    ):
         """Write all inputs.
 
         Args:
             files: of `model`, with their sizes in MiB.
+            made: changes of the params, by section, which must be sound.
             changes: of the recorded params, by section; `method` replaces it, `seed` too.
         """
         self.sources = sources
-        self.params = self.make_params(**({} if generated else {"dataset": {"source": "imagefolder"}}))
+        made = made or {}
+        generated = generated and made.get("dataset", {}).get("source", "generated") == "generated"
+        self.params = self.make_params(**(made or ({} if generated else {"dataset": {"source": "imagefolder"}})))
         for name, mib in files.items():
             (self.model / name).parent.mkdir(parents=True, exist_ok=True)
             (self.model / name).write_bytes(b"\0" * (mib << 20))
@@ -89,15 +113,20 @@ class Project:
         config = {"block_out_channels": [unet[0], 96], "cross_attention_dim": unet[1], "_class_name": "…"}
         self.write(self.base / "unet" / "config.json", config)
         self.samples.mkdir(exist_ok=True)
-        self.draw_grid([])
+        self.draw_grid([] if self.params.sample.num_held_out is None else CAPTIONS)
         root = Path(__file__).resolve().parents[2]
         numbers = json.loads((root / "metrics" / "evaluate.json").read_text())
         table = (root / "metrics" / "prompt_accuracy.csv").read_text()
-        if not generated:
+        relit = generated and self.params.method.name == "ic_light"
+        if not generated or relit:
             numbers = {name: value for name, value in numbers.items() if "held_out" in name or "_gap_" in name}
             table = table.splitlines()[0] + "\n"
+        rows = RELIT_ROWS if relit else []
+        numbers |= {f"{metric}_{model}": value for metric, model, value, *_ in rows}
         self.write(self.metrics, numbers)
         self.accuracies.write_text(table)
+        lines = [RELIT_COLUMNS, *(",".join(map(str, row)) for row in rows)]
+        self.relighting.write_text("".join(f"{line}\n" for line in lines))
         return self
 
     def draw_grid(self, captions: list[str]) -> None:
@@ -115,7 +144,7 @@ class Project:
         """Write the card, and return its text."""
         write_card(
             self.params.sample.model_copy(update=sample), self.params.evaluate, self.params.seed, self.base, self.model,
-            self.samples, self.metrics, self.accuracies, self.out,
+            self.samples, self.metrics, self.accuracies, self.relighting, self.out,
         )  # fmt: skip
         assert sorted(path.name for path in self.out.iterdir()) == ["README.md", "grid.png"]
         assert (self.out / "grid.png").read_bytes() == (self.samples / "grid.png").read_bytes()
@@ -131,6 +160,27 @@ CONTROLNET = {"name": "controlnet", "start": "unet"}
 PIPELINE = {"model_index.json": 0, "unet/diffusion_pytorch_model.safetensors": 3, "vae/model.safetensors": 1}
 MERGED = {f"merged/{name}": size for name, size in PIPELINE.items()}
 ADAPTER = {"pytorch_lora_weights.safetensors": 2, "sdtrain.safetensors": 2}
+OFFSETS = {**PIPELINE, "sdtrain.safetensors": 3, "sdtrain-original.safetensors": 3}
+IC_LIGHT = {
+    "name": "ic_light", "variant": "fc", "light": "words", "light_size": None, "num_light_tokens": None,
+    "consistency_weight": 0.0, "phi": None, "consistency_latents": None,
+}  # fmt: skip
+MAP = {"light": "map", "light_size": [1, 5], "num_light_tokens": 3}
+RELEASED = [{**HUB, "parts": PARTS}, {"path": "models/iclight_sd15_fc.safetensors", "parts": ["unet_offset"]}]
+
+
+def ic_light(*, lit=True, **method) -> dict:
+    """The project of an IC-Light with these settings, of generated scenes or of one's own images."""
+    method = {**IC_LIGHT, **method}
+    seen = ["foreground", *(["background"] if method["variant"] == "fbc" else [])]
+    seen += ["light"] if method["light"] == "map" else []
+    columns = {name: name if lit else f"{name}/*.{'npy' if name == 'light' else 'png'}" for name in seen}
+    world = {"world": "lit_by_map" if method["light"] == "map" else "lit", "new_fraction": 0.0}
+    dataset = {**(world if lit else {"source": "imagefolder"}), "condition_columns": columns}
+    sample = {"prompts": [], "num_held_out": 2}
+    return {"files": OFFSETS, "method": method, "made": {"dataset": dataset, "method": method, "sample": sample}}
+
+
 CASES = {
     "finetune": {"files": PIPELINE},
     "finetune, one file": {"files": {**PIPELINE, "sdtrain.safetensors": 5}, "unet": (320, 768), "sources": FROM_HUB},
@@ -157,6 +207,16 @@ CASES = {
         "method": {**LORA, "use_dora": True},
         "sources": FROM_HUB,
     },
+    "ic-light": ic_light(),
+    "ic-light, SD 1.5, v": {
+        **ic_light(lit=False),
+        "unet": (320, 768),
+        "sources": RELEASED,
+        "train": {"prediction_type": "v_prediction"},
+    },
+    "ic-light, background": ic_light(variant="fbc"),
+    "ic-light, map": ic_light(**MAP),
+    "ic-light, all": {**ic_light(lit=False, variant="fbc", **MAP), "unet": (320, 768), "sources": RELEASED},
 }
 
 
@@ -217,6 +277,8 @@ def test_every_snippet_is_python_that_compiles_and_uses_only_what_it_imports(cas
         bound |= {
             n.id for n in ast.walk(ast.parse(snippet)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
         }
+        bound |= {n.arg for n in ast.walk(ast.parse(snippet)) if isinstance(n, ast.arg)}
+        bound |= {n.name for n in ast.walk(ast.parse(snippet)) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
         assert names <= bound | set(dir(builtins))
 
 
@@ -236,10 +298,10 @@ def test_the_card_has_one_image_one_title_and_no_html_or_link(case):
 
 def test_the_front_matter_is_of_the_hub_and_sets_no_licence(case):
     head, _ = parse(case.card())
-    known = case.config["params"]["method"]["name"] in ("finetune", "lora")
+    name = case.config["params"]["method"]["name"]
     assert head["library_name"] == "diffusers"
-    assert head.get("pipeline_tag") == ("text-to-image" if known else None)
-    assert head["tags"] == ["stable-diffusion", "sdtrain", case.config["params"]["method"]["name"]]
+    assert head["pipeline_tag"] == ("image-to-image" if name == "ic_light" else "text-to-image")
+    assert head["tags"] == ["stable-diffusion", "sdtrain", name, *(["relighting"] if name == "ic_light" else [])]
     assert not {"license", "model-index"} & set(head)
 
 
@@ -256,7 +318,8 @@ def test_the_shown_commands_restore_the_recorded_params_and_pin_the_base(case, t
     assert command == ["dvc", "exp", "run"]
     apply_overrides(str(params), overrides)
     pinned = load_yaml(params)["base"]
-    for source, key in zip(case.sources, ("revision", "vae_revision", "text_encoder_revision"), strict=False):
+    sources = [source for source in case.sources if source["parts"] != ["unet_offset"]]
+    for source, key in zip(sources, ("revision", "vae_revision", "text_encoder_revision"), strict=False):
         assert pinned[key] == source.get("commit")
 
 
@@ -299,6 +362,52 @@ def test_metrics_stand_beside_each_other_with_interval_and_n(project):
     assert rows[5] == ["color, new concepts", "0.0 % (0.0 % to 3.8 %)", "94.8 % (88.4 % to 97.8 %)", "96"]
     assert len(rows) == 2 + 3 + 12
     assert "don't show that training helped" not in card
+
+
+@pytest.mark.parametrize("name", ["ic-light", "ic-light, map"])
+def test_relighting_is_measured_in_words_with_units_interval_and_n(project, name):
+    card = project.build(**CASES[name]).card()
+    assert table(card)[5:] == [
+        ["direction of the light, right within 45°", "25.0 % (12.5 % to 25.2 %)", "90.0 % (45.0 % to 90.9 %)", "160"],
+        ["error of this direction, lower is better", "88.0° (44.0° to 88.9°)", "15.0° (7.5° to 15.1°)", "160"],
+        ["relative error of the object's albedo, lower is better", "0.7 (0.35 to 0.707)", "0.2 (0.1 to 0.202)", "160"],
+        ["the same at the best exposure, lower is better", "0.5 (0.25 to 0.505)", "0.1 (0.05 to 0.101)", "160"],
+        ["object has its named colour", "50.0 % (25.0 % to 50.5 %)", "96.9 % (48.4 % to 97.8 %)", "160"],
+        ["object is where it should be, intersection over union", "40.0 % (20.0 % to 40.4 %)",
+         "97.0 % (48.5 % to 98.0 %)", "160"],
+        ["error of adding two lights up, lower is better", "0.9 (0.45 to 0.909)", "0.3 (0.15 to 0.303)", "40"],
+        ["difference between these two lights", "0.05 (0.025 to 0.0505)", "0.28 (0.14 to 0.283)", "40"],
+    ]  # fmt: skip
+    assert "what their prompt says" not in card
+
+
+def test_relighting_stands_beside_what_a_copy_and_the_vae_have(project):
+    """And linearity beside sensitivity, without which a model that ignores light would look as if it added up."""
+    card = flat(project.build(**CASES["ic-light"]).card())
+    assert (
+        "a copy of the foreground as it is given has the direction right in 28.1 %, an albedo error of 0.457, and in "
+        "adding up an error of 1 at a difference of 0; the truth, encoded and decoded by the VAE, which no model that "
+        "draws through this VAE can be expected to beat, has the direction right in 100.0 %, an albedo error of 0.123, "
+        "and in adding up an error of 0.21 at a difference of 0.32."
+    ) in card
+    assert "read the error together with the difference: a model that ignores the light has 1 and 0." in card
+    steps, scale = project.params.evaluate.num_inference_steps, project.params.evaluate.guidance_scale
+    assert f"in no data set ({steps} steps, guidance scale {scale:g}); lights are added up" in card
+
+
+@pytest.mark.parametrize("left_out", ["light_sensitivity_trained", "linearity_error_vae", "albedo_error_copy"])
+def test_a_relighting_metric_stands_with_all_others_or_not_at_all(project, left_out):
+    numbers = json.loads(project.build(**CASES["ic-light"]).metrics.read_text())
+    del numbers[left_out]
+    project.write(project.metrics, numbers)
+    with pytest.raises(InputError, match=rf"evaluate\.json: has no {left_out}; run `dvc repro evaluate`"):
+        project.card()
+
+
+def test_own_images_are_not_measured_for_relighting(project):
+    card = project.build(**CASES["ic-light, all"]).card()
+    assert len(table(card)) == 5
+    assert "VAE, which" not in card
 
 
 def test_own_images_have_the_held_out_loss_alone(project):
@@ -355,6 +464,12 @@ def test_training_is_described(project):
         ("from scratch", "# Stable Diffusion, its UNet trained from scratch: `sdtrain`", "A UNet was trained from"),
         ("lora", "# LoRA for Stable Diffusion: `sdtrain`", "A LoRA (low-rank adapter) of the UNet was trained."),
         ("dora", "# Stable Diffusion with a merged DoRA: `sdtrain`", "A DoRA (weight-decomposed low-rank adapter)"),
+        ("ic-light", "# IC-Light for Stable Diffusion: `sdtrain`",
+         "with all its weights, that sees a foreground and draws the foreground's object under another light, told by "
+         "the prompt's first words. VAE and text encoder are the base's."),
+        ("ic-light, all", "# IC-Light for Stable Diffusion: `sdtrain`",
+         "sees a foreground and a background and draws the foreground's object under another light, told by an "
+         "environment map beside the prompt. The training started from the weights of another IC-Light. VAE"),
     ],
 )  # fmt: skip
 def test_each_method_has_its_words(project, name, title, sentence):
@@ -365,7 +480,7 @@ def test_each_method_has_its_words(project, name, title, sentence):
 
 @pytest.mark.parametrize(
     ("name", "relation"),
-    [("finetune, one file", "finetune"), ("lora", "adapter"), ("dora", "finetune")],
+    [("finetune, one file", "finetune"), ("lora", "adapter"), ("dora", "finetune"), ("ic-light, all", "finetune")],
 )
 def test_a_base_from_the_hub_is_named(project, name, relation):
     card = project.build(**CASES[name]).card()
@@ -701,6 +816,18 @@ def test_any_prompt_and_repository_keep_the_cards_structure(project, prompt, nam
         (lambda p: p.accuracies.write_bytes(b"\xff\xfe"), r"prompt_accuracy\.csv: not a CSV file.*dvc repro evaluate`"),
         (lambda p: p.accuracies.write_text("prompts,field,model,accuracy,ci_low,ci_high,num\n"),
          r"evaluate\.json: has new_color_accuracy_base, which the table of accuracies hasn't; run `dvc repro"),
+        (lambda p: p.relighting.unlink(),
+         r"relighting\.csv: can't be read: No such file.*; run `dvc repro evaluate`"),
+        (lambda p: p.relighting.write_text("metric,model\nalbedo_error,base\n"),
+         r"relighting\.csv: 0\.ci_low: .*; run `dvc repro evaluate`"),
+        (lambda p: p.relighting.write_text(f"{RELIT_COLUMNS}\nalbedo_error,base,0.1,0.1,nan,5\n"),
+         r"relighting\.csv: 0\.ci_high: .*finite.*; run `dvc repro evaluate`"),
+        (lambda p: p.relighting.write_text(f"{RELIT_COLUMNS}\nalbedo_error,base,0.1,0.1,0.2,5\n"),
+         r"evaluate\.json: has no light_direction_accuracy_base; run `dvc repro evaluate`"),
+        (lambda p: p.write(p.metrics, json.loads(p.metrics.read_text())
+                           | {f"{name}_{model}": 0.5 for name in RELIT_VALUES
+                              for model in ("base", "trained", "copy", "vae")}),
+         r"evaluate\.json: has light_direction_accuracy_base, which the table of relighting hasn't; run `dvc repro"),
         (lambda p: (p.samples / "grid.png").unlink(),
          r"samples/grid\.png: can't be read: No such file or directory; run `dvc repro sample`"),
         (lambda p: (p.samples / "grid.png").write_text("GIF"), r"grid\.png: not a PNG image; run `dvc repro sample`"),
@@ -743,7 +870,7 @@ def test_shipped_params_make_a_card(project, root):
 def test_every_method_has_its_words(project):
     for section in get_args(get_args(MethodParams)[0]):
         (name,) = get_args(section.model_fields["name"].annotation)
-        methods = {"lora": LORA, "controlnet": CONTROLNET}
+        methods = {"lora": LORA, "controlnet": CONTROLNET, "ic_light": IC_LIGHT}
         project.build(files=PIPELINE, method=methods.get(name, {"name": name}))
         assert project.card()
 
@@ -769,3 +896,202 @@ def test_a_controlnet_is_loaded_with_its_base_and_a_hint(project):
     assert "`models/controlnet/`" in card
     assert "of which the base sees the captions alone" in card
     assert [row for row in ("an old house", "a tree") if row in spans(card)] == ["an old house", "a tree"]
+
+
+# IC-Light
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "sentences"),
+    [
+        ("ic-light", "foreground, base, then truth beside trained under four lights", [
+            "The trained model sees the foreground, under another light. The base sees the prompts alone.",
+            "told by a prompt's first words, such as `left light`, which the rows leave out. From left to right: the "
+            "foreground; the base under light from the left; then for light from the left, right, top and bottom the "
+            "truth beside the trained model. One image each, seed 0 in the first row and one more in each row below; "
+            "DPM-Solver++, 2 steps",
+        ]),
+        ("ic-light, background", "foreground, base, then truth beside trained under four lights",
+         ["under another light, and the background under the light to draw, which isn't shown."]),
+        ("ic-light, map", "foreground, base, then truth beside trained under four lights",
+         ["The base sees the prompts alone. The light is told by a map. From left"]),
+        ("ic-light, SD 1.5, v", "conditions, held-out image, base, trained", [
+            "The trained model sees the foreground. The base is the IC-Light that the training started from: it sees "
+            "the foreground. From left to right: the conditions, the held-out image itself, the base, and the trained "
+            "model, with the same prompts and seeds: one image per prompt, seed 0;",
+        ]),
+        ("ic-light, all", "conditions, held-out image, base, trained", [
+            "sees the foreground, the background and a light map. The base is the IC-Light that the training started "
+            "from: it sees the foreground and the background, but no light map.",
+        ]),
+    ],
+)  # fmt: skip
+def test_a_grid_of_relit_images_is_described(project, name, columns, sentences):
+    card = project.build(**CASES[name]).card()
+    assert f"![Grid of images: {columns}](grid.png)" in card
+    assert [sentence for sentence in sentences if sentence not in flat(card)] == []
+    (rows,) = (node for node in parse(card)[1].walk() if node.type == "ordered_list")
+    assert [node.content for node in rows.walk() if node.type == "code_inline"] == CAPTIONS
+
+
+def test_lit_scenes_are_called_so(project):
+    card = project.build(**CASES["ic-light"]).card()
+    assert "- images: 2,000 generated images of coloured domes, each dome under two of eight lights, 64 px" in card
+
+
+def test_the_pipeline_that_diffusers_lacks_is_in_the_card(project, root):
+    card = project.build(**CASES["ic-light"]).card()
+    nodes = list(parse(card)[1].children)
+    (place,) = (n for n, node in enumerate(nodes) if node.type == "paragraph"
+                and node.children[0].content.startswith("Save this as `ic_light.py`"))  # fmt: skip
+    shipped = (root / "src" / "sdtrain" / "models" / "ic_light.py").read_text()
+    assert nodes[place + 1].content == shipped
+    assert "from ic_light import IcLightPipeline" in blocks(card, "python")[0]
+
+
+@pytest.mark.parametrize("method", [{}, {"variant": "fbc", **MAP}], ids=["foreground and words", "all"])
+def test_the_snippet_draws_with_the_file_in_the_card(project, root, monkeypatch, tmp_path, method):
+    """The image that sdtrain draws of the same files."""
+    import numpy as np
+    import torch
+
+    from sdtrain.data.conditions import read_condition
+    from sdtrain.models import ic_light as model
+    from sdtrain.models.parts import load_parts
+    from sdtrain.models.pipelines import build_ic_light_pipeline, generate
+
+    parts, seen = load_parts(root / "data" / "builtin"), ["foreground"]
+    torch.manual_seed(0)
+    if method:
+        seen += ["background", "light"]
+        encoder = model.LightEncoder((1, 5), 3, parts.unet.config.cross_attention_dim)
+        torch.nn.init.normal_(encoder.layers[-1].weight)
+        parts.others["light_encoder"] = encoder
+    model.widen_conv_in(parts.unet, 12 if method else 8)
+    torch.nn.init.normal_(parts.unet.conv_in.weight[:, 4:].data, std=0.1)
+    pipeline = build_ic_light_pipeline(parts, parts.scheduler)
+    pipeline.save_pretrained(project.model)
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    mask = np.where(np.arange(64) < 40, 255, 0).astype(np.uint8)[None, :, None].repeat(64, axis=0)
+    Image.fromarray(np.concatenate([noise[0], mask], axis=2)).save("foreground.png")
+    Image.fromarray(noise[1]).save("background.png")
+    np.save("light.npy", rng.random((1, 5, 3), dtype=np.float32))
+
+    project.build(**{**ic_light(**method), "files": {}})
+    snippet, shipped = blocks(project.card(num_inference_steps=2), "python")
+    monkeypatch.setitem(sys.modules, "ic_light", types.ModuleType("ic_light"))
+    exec(shipped, vars(sys.modules["ic_light"]))
+    names = {}
+    exec(snippet, names)
+    assert type(names["pipeline"]).__module__ == "ic_light"
+
+    given = {name: read_condition(name, Path(f"{name}.{'npy' if name == 'light' else 'png'}"), 64) for name in seen}
+    given |= {"light": torch.as_tensor(given["light"])} if method else {}
+    prompt = CAPTIONS[0] if method else f"left light {CAPTIONS[0]}"
+    conditions = {name: [value] for name, value in given.items()}
+    scale = project.params.sample.guidance_scale
+    (drawn,) = generate(
+        pipeline, [prompt], [0], conditions=conditions, num_inference_steps=2, guidance_scale=scale, batch_size=1
+    )
+    assert Image.open("image.png").size == (64, 64)
+    assert np.array_equal(drawn, Image.open("image.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "conditions"),
+    [
+        ("ic-light", {"foreground": "foreground.png"}),
+        ("ic-light, background", {"foreground": "foreground.png", "background": "background.png"}),
+        ("ic-light, map", {"foreground": "foreground.png", "light": "light.npy"}),
+        ("ic-light, all", {"foreground": "foreground.png", "background": "background.png", "light": "light.npy"}),
+    ],
+)
+def test_every_condition_is_asked_for(project, monkeypatch, name, conditions):
+    """By the command and by the snippet; lit scenes told by words have these in front of the grid's captions."""
+    card = project.build(**CASES[name]).card()
+    given = []
+    monkeypatch.setattr(cli, "_generate", given.append)
+    cli.main(shlex.split(blocks(card, "sh")[0])[1:])
+    (options,) = given
+    expected = {name: [Path(conditions[name])] if name in conditions else None
+                for name in ("hint", "foreground", "background", "light")}  # fmt: skip
+    assert {name: getattr(options, name) for name in expected} == expected
+    prompt = CAPTIONS[0] if "light" in conditions else f"left light {CAPTIONS[0]}"
+    snippet = blocks(card, "python")[0]
+    assert options.prompt == [prompt]
+    assert argument(snippet, "pipeline")[0] == prompt
+    calls = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call)]
+    (call,) = (node for node in calls if ast.unparse(node.func) == "pipeline")
+    assert [keyword.arg for keyword in call.keywords][: len(conditions)] == list(conditions)
+    assert [file for file in spans(card) if file in conditions.values()] == list(conditions.values())
+
+
+@pytest.mark.parametrize(("size", "reduced"), [([1, 5], False), ([32, 32], True)])
+def test_a_light_maps_array_is_described(project, size, reduced):
+    card = project.build(**ic_light(lit=False, **{**MAP, "light_size": size})).card()
+    assert f"linear, not negative, an array of `[{size[0]}, {size[1]}, 3]`, height, width and RGB" in card
+    assert ("to which a larger map must be reduced by means over areas" in card) == reduced
+    assert "whose columns light from" not in card
+    shutil.rmtree(project.model)
+    card = project.build(**CASES["ic-light, map"]).card()
+    assert "an environment map, whose columns light from the left, right, top, bottom and front: linear" in card
+
+
+@pytest.mark.parametrize(
+    ("name", "demo", "released"),
+    [
+        ("ic-light", "gradio_demo.py", "models/iclight_sd15_fc.safetensors"),
+        ("ic-light, background", "gradio_demo_bg.py", "models/iclight_sd15_fbc.safetensors"),
+    ],
+)
+def test_offsets_are_for_the_programs_that_add_them(project, name, demo, released):
+    card = project.build(**CASES[name]).card()
+    ours, original = (next(line for line in card.splitlines() if line.startswith(f"- `sdtrain{n}.safetensors`"))
+                      for n in ("", "-original"))  # fmt: skip
+    assert f"Diffusers' keys: for the public IC-Light's demo `{demo}` in place of `{released}`" in ours
+    assert "ComfyUI-IC-Light (kijai's) in `models/unet/`" in ours
+    assert "original keys: for ComfyUI-IC-Light-Native in `models/unet/` or `models/diffusion_models/`" in original
+    assert "these programs add it to a Stable Diffusion 1.5, best to that base." in card
+    assert not {"models/checkpoints/", "models/Stable-diffusion/"} & set(spans(card))
+    assert "These programs expect the sizes of Stable Diffusion 1.x (320 channels, text width 768)." in card
+    assert "A1111" not in card
+
+
+@pytest.mark.parametrize(
+    ("name", "seen"),
+    [
+        ("ic-light", None),
+        ("ic-light, map", "the prompt and the foreground"),
+        ("ic-light, all", "the prompt, the foreground and the background"),
+    ],
+)
+def test_offsets_are_said_to_lack_the_light_encoder(project, name, seen):
+    card = project.build(**CASES[name]).card()
+    assert ("lack the light encoder" in card) == (seen is not None)
+    assert seen is None or f"there the model sees {seen} only, and no light map." in card
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_offsets_that_predict_v_say_so(project, zero):
+    train = {"prediction_type": "v_prediction", "zero_terminal_snr": zero}
+    card = project.build(**{**CASES["ic-light, SD 1.5, v"], "train": train}).card()
+    assert ("on a schedule with zero terminal SNR. These programs don't see this" in card) == zero
+    assert f"sampling `v_prediction` and zsnr `{json.dumps(zero)}`." in card
+    assert "- The demo: let it load its scheduler from this model's folder `scheduler/`." in card
+    assert "A1111" not in card
+
+
+def test_the_offset_that_training_started_from_is_a_source(project):
+    card = project.build(**CASES["ic-light, all"]).card()
+    assert "- `unet_offset`: local file `models/iclight_sd15_fc.safetensors`" in card
+    assert "with the same images and the file of `base.unet_offset`:" in card
+    assert blocks(card, "sh")[-1].splitlines()[-1] == f"dvc exp run -S base.revision={COMMIT}"
+    shutil.rmtree(project.model)
+    assert "unet_offset" not in project.build(**CASES["ic-light"]).card()
+
+
+def test_an_offset_beside_a_base_does_not_hide_where_the_base_is(project):
+    (snippet,) = blocks(project.build(**{**CASES["lora"], "sources": RELEASED}).card(), "python")
+    assert argument(snippet, "from_pretrained") == [HUB["repo"], COMMIT]

@@ -11,11 +11,13 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from PIL import Image
 
+from sdtrain.card.images import images
 from sdtrain.card.recorded import Model, read_model
 from sdtrain.card.results import results
 from sdtrain.card.usage import usage
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, write_text
+from sdtrain.ground.layout import UNET_OFFSET
 from sdtrain.ground.markdown import code_block, code_span, one_line
 from sdtrain.ground.schedules import scaled_lr
 from sdtrain.params.schema import DatasetParams, EvaluateParams, SampleParams, TrainParams
@@ -32,13 +34,14 @@ def write_card(
     samples: Path,
     metrics: Path,
     accuracy_table: Path,
+    relighting_table: Path,
     out: Path,
 ) -> None:
     """Write `out`: README.md, a model card as the Hugging Face hub reads it, and the grid that it shows.
 
     Args:
         sample: what the grid in `samples` was drawn with.
-        evaluate: what `metrics` and `accuracy_table` were measured with.
+        evaluate: what `metrics` and the tables were measured with.
 
     Raises:
         InputError: an input is missing or broken; names the file, and the stage that writes it.
@@ -48,8 +51,8 @@ def write_card(
     sections = [
         f"---\n{_front_matter(found).to_yaml()}\n---",
         _title(found),
-        _images(shown, seed, grid.name),
-        results(evaluate, metrics, accuracy_table),
+        images(found, shown, seed, grid.name),
+        results(evaluate, metrics, accuracy_table, relighting_table),
         _training(found),
         usage(found, shown, seed),
         _reproduction(found, sample, evaluate),
@@ -90,11 +93,14 @@ def _front_matter(model: Model) -> ModelCardData:
     base_model = one_line(source.repo) if source and source.repo else None
     return ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag="text-to-image" if model.ic_light is None else "image-to-image",
         base_model=base_model,
         base_model_relation=relation if base_model else None,
         datasets=[one_line(dataset.repo)] if dataset.repo else None,
-        tags=["stable-diffusion", "sdtrain", one_line(model.config.params.method.name)],
+        tags=[
+            *("stable-diffusion", "sdtrain", one_line(model.config.params.method.name)),
+            *([] if model.ic_light is None else ["relighting"]),
+        ],
     )
 
 
@@ -114,22 +120,18 @@ def _title(model: Model) -> str:
             "Stable Diffusion with a merged DoRA",
             "A DoRA (weight-decomposed low-rank adapter) of the UNet was trained.",
         ),
+        "ic_light": ("IC-Light for Stable Diffusion", _of_ic_light(model)),
     }[kind]
     return f"# {title}: {code_span(model.config.export.name)}\n\n{text} VAE and text encoder are the base's."
 
 
-def _images(sample: SampleParams, seed: int, grid: str) -> str:
-    num = sample.images_per_prompt
-    images = f"one image per prompt, seed {seed}" if num == 1 else f"{num} per prompt, seeds {seed} to {seed + num - 1}"
-    negative = f", negative prompt {code_span(sample.negative_prompt)}" if sample.negative_prompt else ""
-    conditions = "Held-out captions and conditions, of which the base sees the captions alone. "
-    conditions = "" if sample.num_held_out is None else conditions
-    rows = "\n".join(f"{row}. {code_span(prompt)}" for row, prompt in enumerate(sample.prompts, start=1))
+def _of_ic_light(model: Model) -> str:
+    scene = "a foreground and a background" if "background" in model.sees else "a foreground"
+    told = "by an environment map beside the prompt" if "light" in model.sees else "by the prompt's first words"
+    start = " The training started from the weights of another IC-Light." if model.has_offset else ""
     return (
-        f"![Grid of images: base left, trained right]({grid})\n\n"
-        f"{conditions}Left the base, right the trained model, with the same prompts and seeds: {images}; "
-        f"DPM-Solver++, {sample.num_inference_steps} steps, guidance scale {sample.guidance_scale:g}{negative}. "
-        f"The rows, from the top:\n\n{rows}"
+        f"An IC-Light was trained: a UNet, with all its weights, that sees {scene} and draws the foreground's object "
+        f"under another light, told {told}.{start}"
     )
 
 
@@ -146,7 +148,7 @@ def _training(model: Model) -> str:
         f"method: {', '.join(method)}",
         f"steps: {config.step:,} of {config.num_steps:,}, {chosen}{_num_passes(config.step, train, config.num_train)}",
         f"weights: {weights}, exported as {code_span(export.dtype)}",
-        f"images: {config.num_train:,} {_images_of(params.dataset)}, {params.precompute.resolution} px",
+        f"images: {config.num_train:,} {_images_of(params.dataset, model.is_lit)}, {params.precompute.resolution} px",
         f"effective batch: {train.batch_size}",
         f"learning rate: {lr:g}, {code_span(train.lr_scheduler)}{warmup}; {code_span(train.optimizer)}, "
         f"{code_span(train.precision)}",
@@ -162,7 +164,9 @@ def _num_passes(step: int, train: TrainParams, num_train: int) -> str:
     return f"{step * train.batch_size / max(1, num_train):.1f} passes over the images"
 
 
-def _images_of(dataset: DatasetParams) -> str:
+def _images_of(dataset: DatasetParams, is_lit: bool) -> str:
+    if is_lit:
+        return "generated images of coloured domes, each dome under two of eight lights"
     if dataset.source == "generated":
         return "generated scenes of coloured shapes"
     if dataset.repo is None:
@@ -198,6 +202,7 @@ def _reproduction(model: Model, sample: SampleParams, evaluate: EvaluateParams) 
     commands = f"python -c {shlex.quote(program)} < {shlex.quote(path)} > params.yaml\ndvc exp run{''.join(pins)}"
     config = model.config
     needs = "the same images" + (" and what it branched from" if config.resumed_from else "")
+    needs += " and the file of `base.unet_offset`" if model.has_offset else ""
     used = (("grid", config.params.sample, sample), ("metrics", config.params.evaluate, evaluate))
     later = " and ".join(name for name, recorded, now in used if recorded != now)
     note = f"\n\nThe {later} above were made with params that were changed after the training." if later else ""
@@ -214,7 +219,7 @@ def _license(model: Model) -> str:
         if source.repo is not None:
             origin = f"{code_span(source.repo)} at commit {code_span(source.commit or '')}"
         elif source.path is not None:
-            origin = f"local folder {code_span(source.path)}"
+            origin = f"local {'file' if source.parts == [UNET_OFFSET] else 'folder'} {code_span(source.path)}"
         else:
             origin = f"random weights, seed {source.seed}"
         lines.append(f"- {', '.join(map(code_span, source.parts))}: {origin}")

@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json
-from sdtrain.ground.layout import ADAPTER_FILE, CONTROLNET_FILE, MERGED
+from sdtrain.ground.layout import ADAPTER_FILE, CONTROLNET_FILE, MERGED, UNET_OFFSET
 from sdtrain.ground.manifests import BaseManifest
-from sdtrain.params.schema import ExportParams, Params
+from sdtrain.params.schema import ExportParams, IcLightParams, Params
 
 T = TypeVar("T")
 
@@ -103,6 +103,30 @@ class Model:
         """Where the base's UNet comes from."""
         return next((source for source in self.sources if "unet" in source.parts), None)
 
+    @property
+    def ic_light(self) -> IcLightParams | None:
+        """How it was trained, if it is one."""
+        method = self.config.params.method
+        return method if isinstance(method, IcLightParams) else None
+
+    @property
+    def sees(self) -> tuple[str, ...]:
+        """What it needs for an image besides the prompt, by the names of conditions."""
+        if self.ic_light is None:
+            return () if self.files.controlnet is None else ("hint",)
+        background = ("background",) if self.ic_light.variant == "fbc" else ()
+        return "foreground", *background, *(("light",) if self.ic_light.light == "map" else ())
+
+    @property
+    def is_lit(self) -> bool:
+        """Whether it was trained on the generated lit world."""
+        return self.ic_light is not None and self.config.params.dataset.source == "generated"
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether the training started from an IC-Light's weights, which are then compared with, too."""
+        return any(UNET_OFFSET in source.parts for source in self.sources)
+
 
 def read_model(model: Path, base: Path) -> Model:
     """Read what the stages `export` and `base` wrote.
@@ -161,7 +185,7 @@ def _find_files(folder: Path, name: str) -> Files:
         return _mib(index, *(path for path in inside if nested not in path.parents))
 
     weights = {path.name: _mib(path) for path in sorted(folder.glob("*.safetensors"))}
-    singles = [f"{name}.safetensors", f"{name}-merged.safetensors"]
+    singles = [f"{name}{suffix}.safetensors" for suffix in ("", "-merged", "-original")]
     found = Files(
         folder,
         pipeline=pipeline(folder),

@@ -2,8 +2,9 @@
 
 import csv
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, FiniteFloat, StringConstraints
 
@@ -16,47 +17,83 @@ _Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$")]
 """Of a metric: it stands in a table, so it may hold nothing that Markdown reads."""
 
 
-class _Accuracy(BaseModel):
-    """A row of the table of accuracies."""
+_RELIGHTING = {
+    "light_direction_accuracy": ("direction of the light, right within 45°", " %"),
+    "light_direction_error_deg": ("error of this direction, lower is better", "°"),
+    "albedo_error": ("relative error of the object's albedo, lower is better", ""),
+    "albedo_chroma_error": ("the same at the best exposure, lower is better", ""),
+    "color_accuracy": ("object has its named colour", " %"),
+    "foreground_iou": ("object is where it should be, intersection over union", " %"),
+    "linearity_error": ("error of adding two lights up, lower is better", ""),
+    "light_sensitivity": ("difference between these two lights", ""),
+}
+"""Metrics of relighting in words, with their unit. The second of the last two tells what the first is worth."""
 
-    prompts: _Name
-    field: _Name
+
+class _Interval(BaseModel):
+    """What a row of either table has."""
+
     model: _Name
     ci_low: FiniteFloat
     ci_high: FiniteFloat
     num: int
 
 
-def results(evaluate: EvaluateParams, metrics: Path, accuracy_table: Path) -> str:
+class _Accuracy(_Interval):
+    """A row of the table of accuracies."""
+
+    prompts: _Name
+    field: _Name
+
+    @property
+    def name(self) -> str:
+        return f"{self.prompts}_{self.field}_accuracy"
+
+
+class _Relighting(_Interval):
+    """A row of the table of relighting."""
+
+    metric: _Name
+
+    @property
+    def name(self) -> str:
+        return self.metric
+
+
+_Row = TypeVar("_Row", _Accuracy, _Relighting)
+
+
+def results(evaluate: EvaluateParams, metrics: Path, accuracy_table: Path, relighting_table: Path) -> str:
     """A table of every metric that both models have.
 
     Args:
-        evaluate: what both files were measured with.
+        evaluate: what the files were measured with.
 
     Raises:
         InputError: a file is missing or broken, or they aren't of one run.
     """
     numbers = read_recorded(metrics, dict[_Name, FiniteFloat], _STAGE)
-    accuracies = _read_accuracies(accuracy_table)
+    accuracies, relighting = _read_table(accuracy_table, _Accuracy), _read_table(relighting_table, _Relighting)
     rows = _loss_rows(numbers, evaluate, metrics)
     for stem in [name.removesuffix("_base") for name in numbers if name.endswith("_base")]:
-        if stem == "held_out_loss" or f"{stem}_trained" not in numbers:
+        if stem == "held_out_loss" or stem in _RELIGHTING or f"{stem}_trained" not in numbers:
             continue
         if found := re.fullmatch(r"([a-z0-9]+)_([a-z0-9_]+)_accuracy", stem):
             kind, field = found.groups()
             label = f"{field.replace('_', ' ')}, {'empty prompt' if kind == 'empty' else f'{kind} concepts'}"
-            rows.append(_accuracy_row(stem, label, numbers, accuracies, metrics))
+            rows.append(_measured_row(stem, label, numbers, accuracies, "accuracies", metrics))
         elif found := re.fullmatch(r"([a-z]+)_gap", stem):
             rows.append(_gap_row(found[1], numbers, metrics))
         else:
             rows.append((stem.replace("_", " "), *(f"{numbers[f'{stem}_{m}']:.4g}" for m in ("base", "trained")), ""))
+    rows += _relighting_rows(numbers, relighting, metrics)
     table = [("", "base", "trained", "N"), ("---",) * 4, *rows]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in table)
-    return f"## Results\n\n{lines}\n\n{' '.join(_notes(evaluate, numbers, bool(accuracies)))}"
+    return f"## Results\n\n{lines}\n\n{' '.join(_notes(evaluate, numbers, bool(accuracies), bool(relighting)))}"
 
 
-def _read_accuracies(table: Path) -> dict[str, _Accuracy]:
-    """The rows by the name that the accuracy has in the metrics."""
+def _read_table(table: Path, kind: type[_Row]) -> dict[str, _Row]:
+    """The rows by the name that they have in the metrics."""
     try:
         with table.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -64,16 +101,13 @@ def _read_accuracies(table: Path) -> dict[str, _Accuracy]:
         raise InputError(f"{table}: can't be read: {error.strerror}; run `dvc repro {_STAGE}`") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{table}: not a CSV file: {error}; run `dvc repro {_STAGE}`") from None
-    accuracies = check(rows, list[_Accuracy], table, _STAGE)
-    return {f"{row.prompts}_{row.field}_accuracy_{row.model}": row for row in accuracies}
+    return {f"{row.name}_{row.model}": row for row in check(rows, list[kind], table, _STAGE)}
 
 
 def _loss_rows(numbers: dict[str, float], evaluate: EvaluateParams, metrics: Path) -> list[tuple[str, ...]]:
     gain = "held_out_loss_gain"
     needed = ["held_out_loss_base", "held_out_loss_trained", gain, f"{gain}_ci_low", f"{gain}_ci_high", "num_held_out"]
-    missing = [name for name in needed if name not in numbers]
-    if missing:
-        raise InputError(f"{metrics}: has no {missing[0]}; run `dvc repro {_STAGE}`")
+    _check_complete(numbers, needed, metrics)
     *values, num = (numbers[name] for name in needed)
     base, trained, difference, low, high = (f"{value:.4g}" for value in values)
     num_images = f"{num:.0f} images"
@@ -86,9 +120,7 @@ def _loss_rows(numbers: dict[str, float], evaluate: EvaluateParams, metrics: Pat
 def _gap_row(condition: str, numbers: dict[str, float], metrics: Path) -> tuple[str, ...]:
     """The condition-use gap."""
     bounds = [f"{condition}_gap_trained_ci_{side}" for side in ("low", "high")]
-    missing = [name for name in bounds if name not in numbers]
-    if missing:
-        raise InputError(f"{metrics}: has no {missing[0]}; run `dvc repro {_STAGE}`")
+    _check_complete(numbers, bounds, metrics)
     base, trained, low, high = (
         f"{numbers[n]:.4g}" for n in (f"{condition}_gap_base", f"{condition}_gap_trained", *bounds)
     )
@@ -96,20 +128,52 @@ def _gap_row(condition: str, numbers: dict[str, float], metrics: Path) -> tuple[
     return label, base, f"{trained} ({low} to {high})", f"{numbers['num_held_out']:.0f} images"
 
 
-def _accuracy_row(
-    stem: str, label: str, numbers: dict[str, float], accuracies: dict[str, _Accuracy], metrics: Path
+def _relighting_rows(
+    numbers: dict[str, float], relighting: dict[str, _Relighting], metrics: Path
+) -> list[tuple[str, ...]]:
+    """Those of every metric, so that none stands without what makes it readable; none if nothing was relit."""
+    if not relighting and not any(f"{metric}_trained" in numbers for metric in _RELIGHTING):
+        return []
+    models = ("base", "trained", "copy", "vae")
+    _check_complete(numbers, [f"{metric}_{model}" for metric in _RELIGHTING for model in models], metrics)
+    return [
+        _measured_row(metric, label, numbers, relighting, "relighting", metrics, unit)
+        for metric, (label, unit) in _RELIGHTING.items()
+    ]
+
+
+def _measured_row(
+    stem: str,
+    label: str,
+    numbers: dict[str, float],
+    intervals: Mapping[str, _Interval],
+    table: str,
+    metrics: Path,
+    unit: str = " %",
 ) -> tuple[str, ...]:
     cells = []
     for name in (f"{stem}_base", f"{stem}_trained"):
-        if name not in accuracies:
-            raise InputError(f"{metrics}: has {name}, which the table of accuracies hasn't; run `dvc repro {_STAGE}`")
-        values = (numbers[name], accuracies[name].ci_low, accuracies[name].ci_high)
-        share, low, high = (f"{100 * value:.1f} %" for value in values)
-        cells.append(f"{share} ({low} to {high})")
-    return label, *cells, str(accuracies[f"{stem}_trained"].num)
+        if name not in intervals:
+            raise InputError(f"{metrics}: has {name}, which the table of {table} hasn't; run `dvc repro {_STAGE}`")
+        values = (numbers[name], intervals[name].ci_low, intervals[name].ci_high)
+        found, low, high = (_with_unit(value, unit) for value in values)
+        cells.append(f"{found} ({low} to {high})")
+    return label, *cells, str(intervals[f"{stem}_trained"].num)
 
 
-def _notes(evaluate: EvaluateParams, numbers: dict[str, float], has_accuracies: bool) -> list[str]:
+def _with_unit(value: float, unit: str) -> str:
+    return {" %": f"{100 * value:.1f} %", "°": f"{value:.1f}°", "": f"{value:.3g}"}[unit]
+
+
+def _check_complete(numbers: dict[str, float], needed: list[str], metrics: Path) -> None:
+    missing = [name for name in needed if name not in numbers]
+    if missing:
+        raise InputError(f"{metrics}: has no {missing[0]}; run `dvc repro {_STAGE}`")
+
+
+def _notes(
+    evaluate: EvaluateParams, numbers: dict[str, float], has_accuracies: bool, has_relighting: bool
+) -> list[str]:
     notes = ["In parentheses are 95 % intervals."]
     if numbers["held_out_loss_gain_ci_low"] <= 0:
         notes.append("The gain's reaches 0: these images don't show that training helped.")
@@ -129,4 +193,27 @@ def _notes(evaluate: EvaluateParams, numbers: dict[str, float], has_accuracies: 
             f"({evaluate.num_inference_steps} steps, guidance scale {evaluate.guidance_scale:g}). Of prompts with new "
             "concepts, color, shape and style count where the prompt's own is new."
         )
+    if has_relighting:
+        notes += _relighting_notes(evaluate, numbers)
     return notes
+
+
+def _relighting_notes(evaluate: EvaluateParams, numbers: dict[str, float]) -> list[str]:
+    def floors(model: str) -> str:
+        direction, albedo, error, difference = (
+            _with_unit(numbers[f"{metric}_{model}"], _RELIGHTING[metric][1])
+            for metric in ("light_direction_accuracy", "albedo_error", "linearity_error", "light_sensitivity")
+        )
+        return (
+            f"the direction right in {direction}, an albedo error of {albedo}, and in adding up an error of {error} at "
+            f"a difference of {difference}"
+        )
+
+    return [
+        "The other rows are measured on the pixels of images of scenes that are in no data set "
+        f"({evaluate.num_inference_steps} steps, guidance scale {evaluate.guidance_scale:g}); lights are added up and "
+        "compared in linear light, relative to the image under both.",
+        "Of adding up, read the error together with the difference: a model that ignores the light has 1 and 0.",
+        f"For comparison, a copy of the foreground as it is given has {floors('copy')}; the truth, encoded and decoded "
+        f"by the VAE, which no model that draws through this VAE can be expected to beat, has {floors('vae')}.",
+    ]

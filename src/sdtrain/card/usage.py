@@ -2,23 +2,42 @@
 
 What was checked in their code: ComfyUI recognises Stable Diffusion 1.x by the UNet's channels and the text's width, and
 sets v and zero terminal SNR by its node ModelSamplingDiscrete; A1111 assumes the same sizes, reads the prediction type
-from a .yaml file with the checkpoint's name, and has zero terminal SNR among its settings.
+from a .yaml file with the checkpoint's name, and has zero terminal SNR among its settings. IC-Light's public demos and
+kijai's ComfyUI-IC-Light, which refuses all but Stable Diffusion 1.5, add a file in Diffusers' keys to the base's UNet.
+ComfyUI-IC-Light-Native asks for the original keys in its README, since ComfyUI itself reads the file.
 """
 
+import json
 import shlex
 from pathlib import Path
 
+from sdtrain.card.images import in_words
 from sdtrain.card.recorded import Model
-from sdtrain.ground.layout import ADAPTER_FILE, CONTROLNET, CONTROLNET_FILE, MERGED
+from sdtrain.card.snippets import (
+    controlnet_snippet,
+    lora_snippet,
+    pipeline_file,
+    pipeline_snippet,
+    relighting_snippet,
+)
+from sdtrain.ground.layout import ADAPTER_FILE, CONTROLNET_FILE, MERGED
 from sdtrain.ground.markdown import code_block, code_span, one_line
 from sdtrain.params.schema import SampleParams
 
 _SD1_CHANNELS, _SD1_TEXT_WIDTH = 320, 768
+_REDUCED_MAP = [32, 32]
+"""To this size larger light maps were reduced for training."""
+_CONDITION_FILES = {
+    "hint": "hint.png",
+    "foreground": "foreground.png",
+    "background": "background.png",
+    "light": "light.npy",
+}
 
 
 def usage(model: Model, sample: SampleParams, seed: int) -> str:
     """Instructions for each of the files that are there."""
-    files = model.files
+    files, sample = model.files, _as_asked(model, sample)
     blocks = [
         "## Use",
         f"Paths are the project's. Elsewhere, give this model's own folder or repository in place of "
@@ -27,101 +46,98 @@ def usage(model: Model, sample: SampleParams, seed: int) -> str:
     if files.lora is not None:
         blocks += [
             f"With Diffusers, the LoRA ({code_span(ADAPTER_FILE)}, {files.lora:.1f} MiB) on its base:",
-            code_block("python", _lora_snippet(model, sample, seed)),
+            code_block("python", lora_snippet(model, sample, seed)),
         ]
     if files.controlnet is not None:
         blocks += [
             f"With Diffusers, the ControlNet ({code_span(CONTROLNET_FILE)}, {files.controlnet:.1f} MiB) with its base; "
             f"the hint {code_span('hint.png')} is as large as the image to draw:",
-            code_block("python", _controlnet_snippet(model, sample, seed)),
+            code_block("python", controlnet_snippet(model, sample, seed)),
         ]
-    if files.pipeline is not None:
+    if files.pipeline is not None and model.ic_light is not None:
+        blocks += _relighting(model, sample, seed)
+    elif files.pipeline is not None:
         blocks += [
             f"With Diffusers, the whole model ({files.pipeline:.1f} MiB):",
-            code_block("python", _pipeline_snippet(files.folder, sample, seed)),
+            code_block("python", pipeline_snippet(files.folder, sample, seed)),
         ]
     if files.merged is not None:
         blocks += [
             f"With Diffusers, the whole model with the adapter merged into it ({files.merged:.1f} MiB):",
-            code_block("python", _pipeline_snippet(files.folder / MERGED, sample, seed)),
+            code_block("python", pipeline_snippet(files.folder / MERGED, sample, seed)),
         ]
     if files.single:
         lines = [f"- {code_span(name)} ({size:.1f} MiB){_place(model, name)}" for name, size in files.single.items()]
-        blocks += ["In one file:", "\n".join(lines)]
+        blocks += ["In one file:" if model.ic_light is None else "For other programs:", "\n".join(lines)]
+        blocks += _offset_notes(model)
         blocks += _size_warning(model) or _v_prediction(model)
-    hint = " --hint hint.png" if files.controlnet is not None else ""
-    blocks += ["With sdtrain, in the project's folder:", code_block("sh", _generate(files.folder, sample) + hint)]
+    conditions = "".join(f" --{name} {_CONDITION_FILES[name]}" for name in model.sees)
+    blocks += ["With sdtrain, in the project's folder:", code_block("sh", _generate(files.folder, sample) + conditions)]
     return "\n\n".join(blocks)
 
 
-def _lora_snippet(model: Model, sample: SampleParams, seed: int) -> str:
-    lines = [
-        "from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline",
-        "",
-        f"pipeline = StableDiffusionPipeline.from_pretrained({_base(model)}, dtype=torch.float32)",
-        f"pipeline.load_lora_weights({model.files.folder.as_posix()!r}, weight_name={ADAPTER_FILE!r})",
-        *_set_scheduler(model),
-    ]
-    size = model.config.params.precompute.resolution
-    return "\n".join(["import torch", *lines, *_call(sample, seed, f"height={size}, width={size},")])
+def _as_asked(model: Model, sample: SampleParams) -> SampleParams:
+    """With the words that the grid's rows leave out."""
+    if not model.is_lit or "light" in model.sees:
+        return sample
+    return sample.model_copy(update={"prompts": [f"left light {prompt}" for prompt in sample.prompts]})
 
 
-def _controlnet_snippet(model: Model, sample: SampleParams, seed: int) -> str:
-    lines = [
-        "from diffusers import ControlNetModel, DPMSolverMultistepScheduler, StableDiffusionControlNetPipeline",
-        "from diffusers.utils import load_image",
-        "",
-        f"controlnet = ControlNetModel.from_pretrained({model.files.folder.as_posix()!r}, dtype=torch.float32)",
-        "pipeline = StableDiffusionControlNetPipeline.from_pretrained(",
-        f"    {_base(model)}, controlnet=controlnet, dtype=torch.float32",
-        ")",
-        *_set_scheduler(model),
-    ]
-    return "\n".join(["import torch", *lines, *_call(sample, seed, "image=load_image('hint.png'),")])
-
-
-def _base(model: Model) -> str:
-    """Arguments that load the base: put together from several sources, or from scratch, nobody else has it."""
-    sources = [source for source in model.sources if source.parts != [CONTROLNET]]  # which is trained further
-    if len(sources) == 1 and sources[0].repo is not None:
-        return f"{sources[0].repo!r}, revision={sources[0].commit!r}"
-    if len(sources) == 1 and sources[0].path is not None:
-        return repr(sources[0].path)
-    return repr(model.base.as_posix())
-
-
-def _set_scheduler(model: Model) -> list[str]:
-    train = model.config.params.train
-    schedule = ["pipeline.scheduler.config", f"prediction_type={train.prediction_type!r}"]
-    if train.zero_terminal_snr:  # the base's config doesn't say so, nor that it is sampled from the last step on
-        schedule += ["rescale_betas_zero_snr=True", "timestep_spacing='trailing'"]
+def _relighting(model: Model, sample: SampleParams, seed: int) -> list[str]:
+    assert model.ic_light is not None
+    needed = ["`foreground.png`, the object under any light, elsewhere transparent"]
+    if "background" in model.sees:
+        needed.append("`background.png`, what stands behind it, under the light to draw")
+    if "light" in model.sees:
+        size = model.ic_light.light_size
+        reduced = ", to which a larger map must be reduced by means over areas" if size == _REDUCED_MAP else ""
+        columns = ", whose columns light from the left, right, top, bottom and front" if model.is_lit else ""
+        needed.append(
+            f"`light.npy`, the light as an environment map{columns}: linear, not negative, an array of "
+            f"{code_span(json.dumps([*size, 3]))}, height, width and RGB{reduced}"
+        )
+    words = " The prompt's first words tell the light." if model.ic_light.light == "words" else ""
     return [
-        "pipeline.scheduler = DPMSolverMultistepScheduler.from_config(",
-        *(f"    {argument}," for argument in schedule),
-        ")",
+        f"With Diffusers, the whole model ({model.files.pipeline:.1f} MiB). Its pipeline isn't one of Diffusers' own, "
+        "but in the file `ic_light.py` below. The model needs:",
+        "\n".join(f"- {line}" for line in needed),
+        f"Images are cropped to squares around their centers.{words}",
+        code_block("python", relighting_snippet(model, sample, seed)),
+        "Save this as `ic_light.py` (a file of sdtrain, under the Apache License 2.0):",
+        code_block("python", pipeline_file()),
     ]
 
 
-def _pipeline_snippet(folder: Path, sample: SampleParams, seed: int) -> str:
-    load = f"pipeline = StableDiffusionPipeline.from_pretrained({folder.as_posix()!r}, dtype=torch.float32)"
-    return "\n".join(["import torch", "from diffusers import StableDiffusionPipeline", "", load, *_call(sample, seed)])
-
-
-def _call(sample: SampleParams, seed: int, *more: str) -> list[str]:
-    """Draws the first trained image of the grid."""
-    arguments = [
-        f"{sample.prompts[0]!r},",
-        *([f"negative_prompt={sample.negative_prompt!r},"] if sample.negative_prompt else []),
-        *more,
-        f"num_inference_steps={sample.num_inference_steps},",
-        f"guidance_scale={sample.guidance_scale!r},",
-        f'generator=torch.Generator("cpu").manual_seed({seed}),',
+def _offset_notes(model: Model) -> list[str]:
+    """On an IC-Light's single files."""
+    if model.ic_light is None:
+        return []
+    seen = in_words(["prompt", *(name for name in model.sees if name != "light")])
+    lacking = (
+        f" They lack the light encoder: there the model sees {seen} only, and no light map."
+        if "light" in model.sees
+        else ""
+    )
+    return [
+        "Both hold what training added to the UNet of this model's base and nothing else: these programs add it to a "
+        f"Stable Diffusion 1.5, best to that base.{lacking}"
     ]
-    return ["image = pipeline(", *(f"    {line}" for line in arguments), ").images[0]", 'image.save("image.png")']
 
 
 def _place(model: Model, name: str) -> str:
-    """Where ComfyUI and A1111 look for a single file."""
+    """Where other programs look for a single file."""
+    if model.ic_light is not None:
+        if name == f"{model.config.export.name}-original.safetensors":
+            return (
+                ", the same in the original keys: for ComfyUI-IC-Light-Native in `models/unet/` or "
+                "`models/diffusion_models/`"
+            )
+        demo = "gradio_demo_bg.py" if "background" in model.sees else "gradio_demo.py"
+        return (
+            f", the UNet's offset in Diffusers' keys: for the public IC-Light's demo `{demo}` in place of "
+            f"`models/iclight_sd15_{model.ic_light.variant}.safetensors`, for ComfyUI-IC-Light (kijai's) in "
+            "`models/unet/`"
+        )
     if model.files.controlnet is not None:
         return (
             ", the ControlNet, to be used with its base: for ComfyUI in `models/controlnet/`, for A1111's extension "
@@ -144,8 +160,9 @@ def _size_warning(model: Model) -> list[str]:
     channels, width = model.unet.block_out_channels[0], model.unet.cross_attention_dim
     if (channels, width) == (_SD1_CHANNELS, _SD1_TEXT_WIDTH):
         return []
+    programs = "ComfyUI and A1111" if model.ic_light is None else "These programs"
     return [
-        f"ComfyUI and A1111 expect the sizes of Stable Diffusion 1.x ({_SD1_CHANNELS} channels, text width "
+        f"{programs} expect the sizes of Stable Diffusion 1.x ({_SD1_CHANNELS} channels, text width "
         f"{_SD1_TEXT_WIDTH}). This UNet has {channels} and {width}: don't expect them to load it."
     ]
 
@@ -156,6 +173,16 @@ def _v_prediction(model: Model) -> list[str]:
     if train.prediction_type != "v_prediction":
         return []
     zero = train.zero_terminal_snr
+    comfyui = (
+        "- ComfyUI: put the node ModelSamplingDiscrete before the sampler, with sampling `v_prediction` and zsnr "
+        f"`{'true' if zero else 'false'}`."
+    )
+    said = f"The UNet predicts v{', on a schedule with zero terminal SNR' if zero else ''}."
+    if model.ic_light is not None:
+        return [
+            f"{said} These programs don't see this in the files:",
+            f"{comfyui}\n- The demo: let it load its scheduler from this model's folder `scheduler/`.",
+        ]
     beside = [
         "the base's checkpoint (with its name)" if _is_adapter(model, name)
         else f"the model, as {code_span(f'{Path(name).stem}.yaml')}"
@@ -163,10 +190,8 @@ def _v_prediction(model: Model) -> list[str]:
     ]  # fmt: skip
     setting = "; in its settings, set “Noise schedule for sampling” to “Zero Terminal SNR”" if zero else ""
     return [
-        f"The UNet predicts v{', on a schedule with zero terminal SNR' if zero else ''}. Neither program sees this in "
-        "the file:",
-        "- ComfyUI: put the node ModelSamplingDiscrete before the sampler, with sampling `v_prediction` and zsnr "
-        f"`{'true' if zero else 'false'}`.\n"
+        f"{said} Neither program sees this in the file:",
+        f"{comfyui}\n"
         '- A1111: copy its `configs/v1-inference.yaml`, add `parameterization: "v"` under `params` of `model`, and put '
         f"it beside {' and beside '.join(beside)}{setting}.",
     ]

@@ -32,13 +32,16 @@ class BadImage(Exception):
     """The file can't be used; the message says why, in a few words."""
 
 
-def clean_image(source: bytes | str, background: str, keep_grey: bool = False) -> tuple[bytes, Image.Image, str]:
+def clean_image(
+    source: bytes | str, background: str, keep_grey: bool = False, keep_alpha: bool = False
+) -> tuple[bytes, Image.Image, str]:
     """Decode an image completely and make it plain RGB, upright and opaque.
 
     Args:
         source: the file's bytes, or its path.
         background: colour behind transparent parts, `#rrggbb`; a grey with `keep_grey`.
         keep_grey: leave the one channel (L) of a file that has no colours.
+        keep_alpha: leave transparent parts as they are, in RGBA; there is no background then.
 
     Returns:
         The bytes to store, the decoded image, and a note on what was odd about it, usually empty. The
@@ -49,21 +52,30 @@ def clean_image(source: bytes | str, background: str, keep_grey: bool = False) -
         BadImage: missing, truncated, not an image, too large to decode safely, or grey of unknown range.
         MemoryError: the machine's fault, not the image's.
     """
+    data = read_bytes(source)
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    except FileNotFoundError:
-        raise BadImage("file is missing") from None
-    except (OSError, ValueError) as error:
-        raise BadImage(f"can't be read: {_cause(error)}") from None
-    try:
-        return _clean(data, background, keep_grey)
+        return _clean(data, background, keep_grey, keep_alpha)
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # Pillow's plugins raise anything on a damaged file
-        raise BadImage(f"can't be decoded: {_cause(error)}") from None
+        raise BadImage(f"can't be decoded: {short_cause(error)}") from None
 
 
-def _clean(data: bytes, background: str, keep_grey: bool) -> tuple[bytes, Image.Image, str]:
+def read_bytes(source: bytes | str) -> bytes:
+    """A file's bytes, given them or its path.
+
+    Raises:
+        BadImage: missing, or can't be read.
+    """
+    try:
+        return source if isinstance(source, bytes) else Path(source).read_bytes()
+    except FileNotFoundError:
+        raise BadImage("file is missing") from None
+    except (OSError, ValueError) as error:
+        raise BadImage(f"can't be read: {short_cause(error)}") from None
+
+
+def _clean(data: bytes, background: str, keep_grey: bool, keep_alpha: bool) -> tuple[bytes, Image.Image, str]:
     opened, data = _open(data)
     with opened:
         opened.load()
@@ -71,9 +83,11 @@ def _clean(data: bytes, background: str, keep_grey: bool) -> tuple[bytes, Image.
         image = _eight_bits(opened)
         image = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image.copy()
         mode = "L" if keep_grey and opened.mode in _GREYS else "RGB"
+        if keep_alpha and image.has_transparency_data:
+            mode = "RGBA"
     if opened.mode == mode and orientation == 1 and "transparency" not in image.info:
         return data, image, note
-    image = _flatten(image, background, mode)
+    image = image.convert(mode) if mode == "RGBA" else _flatten(image, background, mode)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue(), image, note
@@ -98,7 +112,7 @@ def _open(data: bytes) -> tuple[Image.Image, bytes]:
     return opened, hidden
 
 
-def _cause(error: Exception) -> str:
+def short_cause(error: Exception) -> str:
     """An error as one short line without object addresses, so that it is the same in every run."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -122,7 +136,7 @@ def _orientation(opened: Image.Image) -> tuple[int, str]:
     except MemoryError:
         raise
     except Exception as error:  # as above, Pillow raises anything
-        note = f"{DAMAGED_EXIF}: {_cause(error)}"
+        note = f"{DAMAGED_EXIF}: {short_cause(error)}"
     if orientation != 1 and orientation not in _TURNS:
         return 1, f"{DAMAGED_EXIF}: orientation {orientation!r:.20} isn't 1 to 8"
     return orientation, note
@@ -213,10 +227,14 @@ def draw_crop(size: tuple[int, int], resolution: int, center_crop: bool, seed: i
     return Crop(width, height, left, top, resolution)
 
 
+def crop_image(image: Image.Image, crop: Crop, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+    """The crop's square; the image's aspect ratio is that of the crop's, its size may be another."""
+    if image.size != (crop.width, crop.height):
+        image = image.resize((crop.width, crop.height), resample)
+    return image.crop(crop.box)
+
+
 def square_pixels(image: Image.Image, resolution: int, center_crop: bool, seed: int, sample_id: str) -> np.ndarray:
     """Resize the shorter side to `resolution` (Lanczos), crop, and scale: float32 [3, R, R] in -1..1."""
-    crop = draw_crop(image.size, resolution, center_crop, seed, sample_id)
-    if (crop.width, crop.height) != image.size:
-        image = image.resize((crop.width, crop.height), Image.Resampling.LANCZOS)
-    square = np.asarray(image.crop(crop.box), dtype=np.float32)
-    return square.transpose(2, 0, 1) / 127.5 - 1
+    square = crop_image(image, draw_crop(image.size, resolution, center_crop, seed, sample_id))
+    return np.asarray(square, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1

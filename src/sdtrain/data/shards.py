@@ -1,16 +1,22 @@
 """The pipeline's two intermediate formats: dataset shards and latent shards.
 
 `data/dataset/`: `{split}-{n:05}.parquet` with one row per image (columns `id`, `image`, `caption`,
-`width`, `height`, and one for each condition, e.g. `hint`), `inputs.csv` with one row for every input, and
-`manifest.json`.
+`width`, `height`, and one for each condition: a file, of an image or in NumPy's .npy format of a light map, float32
+[H, W, 3], all of one size), `inputs.csv` with one row for every input, and `manifest.json`.
 
 `data/latents/`: `{split}-{n:05}.safetensors` with, for N images, `mean` and `logvar` of the VAE's
 posterior before scaling, float16 [N, C, h, w], the same for the flipped image (`mean_flipped`,
-`logvar_flipped`) where it is cached, and `input_ids` int64 [N, L]; further columns as `conditions` of
-`manifest.json` lists them, e.g. `hint` uint8 [N, 1 or 3, H, W]. The images' ids, and in held-out shards their
-captions, are JSON lists under the keys `ids` and `captions` of the file's metadata. `probe.safetensors` holds the
-`pixels` that the VAE got for the first held-out images, float32 [up to 4, 3, H, W]: training encodes them again to
-check its VAE.
+`logvar_flipped`) where it is cached, and `input_ids` int64 [N, L]. Further columns are conditions, as `conditions` of
+`manifest.json` lists them with their kind and shape:
+- pixels (`hint`): uint8 [N, 1 or 3, H, W];
+- latents (`foreground`, `background`, `relit_1`, `relit_2`): the mode of the VAE's posterior before scaling, float16
+  [N, C, h, w], and where the image's flip is cached theirs, e.g. `foreground_flipped`;
+- a `mask`: its mean over each latent's pixels, float16 [N, 1, h, w] in 0..1;
+- light maps (`light`, `light_1`): linear, float32 [N, H, W, 3].
+
+The images' ids, and in held-out shards their captions, are JSON lists under the keys `ids` and `captions` of the file's
+metadata. `probe.safetensors` holds the `pixels` that the VAE got for the first held-out images, float32
+[up to 4, 3, H, W]: training encodes them again to check its VAE.
 `manifest.json` has each shard's SHA-256.
 
 `split` is `train` or `validation`.
@@ -41,6 +47,8 @@ PROBE, NUM_PROBES = "probe.safetensors", 4
 
 _AGAIN = "run `dvc repro --force --single-item precompute`"
 _SHARD_BYTES = 256 * 2**20
+_WIDTH = {"pixels": -1, "mask": -1, "light": -2}
+"""The dimension along which a row's condition is mirrored, by kind."""
 _BATCH_ROWS = 64
 _SCHEMA = pa.schema(
     [
@@ -109,7 +117,7 @@ class Column:
     shape: tuple[int, ...]
     """Of one row. Grey pixels are cached once and read as three channels."""
     flips: bool = False
-    """Whether a flipped image has its own in the cache, `<name>_flipped`; pixels are mirrored instead."""
+    """Whether a flipped image has its own in the cache, `<name>_flipped`; others are mirrored instead."""
     dtype: Literal["float32", "uint8"] = "float32"
     """As it is read."""
 
@@ -139,9 +147,12 @@ class LatentShards:
             self._check(folder / shard.file, file, shard.num_rows)
 
     def _check(self, path: Path, file, num_rows: int) -> None:
-        latents = [name + suffix for suffix in ("", "_flipped")[: 1 + self.has_flipped] for name in ("mean", "logvar")]
-        expected = {name: [num_rows, *self.manifest.shape] for name in latents}
-        expected |= {name: [num_rows, *condition.shape] for name, condition in self.manifest.conditions.items()}
+        shapes = {name: condition.shape for name, condition in self.manifest.conditions.items()}
+        latents = {"mean", "logvar", *(name for name in shapes if self._kind(name) == "latents")}
+        shapes |= {"mean": self.manifest.shape, "logvar": self.manifest.shape}
+        if self.has_flipped:
+            shapes |= {f"{name}_flipped": shapes[name] for name in latents}
+        expected = {name: [num_rows, *shape] for name, shape in shapes.items()}
         found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         for name, shape in {**expected, "input_ids": [num_rows, *found.get("input_ids", [0, 0])[1:]]}.items():
             if found.get(name) != shape:
@@ -183,7 +194,7 @@ class LatentShards:
                         f"{', '.join(sorted(self._columns))}; run `dvc repro precompute` with the method's params"
                     )
                 found = tuple(self._files[0].get_slice(stored).get_shape()[1:])
-                found = (3, *found[1:]) if self._are_pixels(name) else found
+                found = (3, *found[1:]) if self._kind(name) == "pixels" else found
                 if found != column.shape:
                     raise InputError(
                         f"{self.folder}: a row of column {stored!r} has shape {found}, the training method needs "
@@ -194,7 +205,7 @@ class LatentShards:
         """The columns `names` of row `index`, floats as float32: e.g. `mean` [C, h, w], `input_ids` [L].
 
         Args:
-            flipped: read the flipped image's encoding from the columns that have one; pixels are mirrored.
+            flipped: read the flipped image's encoding from the columns that have one; other conditions are mirrored.
         """
         shard = bisect.bisect_right(self._starts, index) - 1
         row, found = index - self._starts[shard], {}
@@ -202,26 +213,36 @@ class LatentShards:
             flipped_name = f"{name}_flipped"
             stored = flipped_name if flipped and flipped_name in self._columns else name
             tensor = self._files[shard].get_slice(stored)[row]
-            if self._are_pixels(name):
-                tensor = (tensor.flip(-1) if flipped else tensor).expand(3, -1, -1)
+            if flipped and self._kind(name) in _WIDTH:
+                tensor = tensor.flip(_WIDTH[self._kind(name)])
+            if self._kind(name) == "pixels":
+                tensor = tensor.expand(3, -1, -1)
             found[name] = tensor.float() if tensor.is_floating_point() else tensor
         return found
 
-    def _are_pixels(self, name: str) -> bool:
+    def _kind(self, name: str) -> str | None:
+        """Of a condition; None of another column."""
         condition = self.manifest.conditions.get(name)
-        return condition is not None and condition.kind == "pixels"
+        return condition and condition.kind
 
 
 def held_out_pictures(
     shards: LatentShards, names: Sequence[str], num: int
-) -> "tuple[list[str], dict[str, list[Image.Image]]]":
-    """Captions of up to `num` held-out images, and their conditions `names`, cached as pixels, as images."""
-    from PIL import Image
+) -> "tuple[list[str], dict[str, list[Image.Image | Tensor]]]":
+    """Captions of up to `num` held-out images, and their conditions `names`, one of each for every image.
 
+    Those cached as pixels are images; others are float32 tensors as `LatentShards.read` has them.
+    """
     rows, captions = shards.chosen(num), shards.captions
     read = [shards.read(row, *names) for row in rows]
-    images = {name: [Image.fromarray(row[name].permute(1, 2, 0).numpy()) for row in read] for name in names}
-    return [captions[row] for row in rows], images
+    conditions = {name: [_as_image(row[name]) for row in read] for name in names}
+    return [captions[row] for row in rows], conditions
+
+
+def _as_image(values: "Tensor") -> "Image.Image | Tensor":
+    from PIL import Image
+
+    return values if values.is_floating_point() else Image.fromarray(values.permute(1, 2, 0).numpy())
 
 
 def read_probe(folder: Path) -> "Tensor":

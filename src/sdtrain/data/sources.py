@@ -1,6 +1,7 @@
 """Where captioned images come from: generated scenes, the hub, or files, read with Hugging Face Datasets.
 
-A source yields candidates: images and their conditions as undecoded bytes or paths, and captions as found.
+A source yields candidates: images and their conditions as undecoded bytes or paths (light maps also as nested lists
+of a table), and captions as found.
 `dataset.py` decides which of them are usable.
 """
 
@@ -16,7 +17,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtrain.data import scenes
+from sdtrain.data import lit_scenes, scenes
+from sdtrain.data.conditions import CONDITIONS
 from sdtrain.ground import hub, randomness
 from sdtrain.ground.errors import InputError
 from sdtrain.params.schema import DatasetParams
@@ -34,9 +36,10 @@ _CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
 
 @dataclass(frozen=True)
 class File:
-    """Undecoded bytes or a path, None where the source has neither, and where in the source that is from."""
+    """Undecoded bytes, a path, or a light map as nested lists; None where the source has none. And where in the source
+    that is from."""
 
-    data: bytes | str | None
+    data: bytes | str | list | None
     origin: str
 
 
@@ -137,18 +140,22 @@ def generated_record(params: DatasetParams) -> dict:
 
 
 def _generated(params: DatasetParams, seed: int) -> Source:
+    columns = list(lit_scenes.COLUMNS if params.world in _LIT_WORLDS else _DRAWN)
     for name, column in params.condition_columns.items():
-        if column not in _DRAWN:
-            raise InputError(_no_such_column(f"condition_columns.{name}", column, list(_DRAWN)))
+        if column not in columns:
+            raise InputError(_no_such_column(f"condition_columns.{name}", column, columns))
     return Source(generated_record(params), range(params.num_scenes), partial(draw_scene, params, seed))
 
 
+_LIT_WORLDS = ("lit", "lit_by_map")
 _DRAWN = {"outline": scenes.outline}
-"""Columns of generated scenes besides image and caption."""
+"""Columns of the worlds of flat shapes besides image and caption."""
 
 
 def draw_scene(params: DatasetParams, seed: int, index: int) -> Candidate:
     """The scene that the source `generated` has at `index`."""
+    if params.world in _LIT_WORLDS:
+        return _draw_lit(params, seed, index)
     rng = randomness.generator(seed, "scene", index)
     scene, placement, caption = scenes.draw_example(params.world, params.new_fraction, rng)
     conditions = {
@@ -156,6 +163,17 @@ def draw_scene(params: DatasetParams, seed: int, index: int) -> Candidate:
         for name, column in params.condition_columns.items()
     }
     return Candidate(f"row {index}", scenes.png_bytes(scenes.render(scene, placement)), caption, conditions)
+
+
+def _draw_lit(params: DatasetParams, seed: int, index: int) -> Candidate:
+    example = lit_scenes.draw_lit(seed, index)
+    return Candidate(
+        f"row {index}",
+        scenes.png_bytes(lit_scenes.render(example.lit, example.light)),
+        lit_scenes.caption(example.lit, example.light_name if params.world == "lit" else None),
+        {name: File(lit_scenes.COLUMNS[column](example), column) for name, column in params.condition_columns.items()},
+        example.group,
+    )
 
 
 def _from_hub(params: DatasetParams, scratch: str) -> tuple[dict, "datasets.Dataset"]:
@@ -236,12 +254,16 @@ def _reader(table: "datasets.Dataset", params: DatasetParams) -> Callable[[int],
             raise InputError(_no_such_column(key, name, table.column_names))
     _check_groups(table, params.group_column)
     table = table.select_columns(list(dict.fromkeys((files | values).values())))
+    lights = {f"condition_columns.{name}" for name in conditions if CONDITIONS[name].kind == "light"}
     for key, name in files.items():
-        table = _undecoded(table, key, name)
+        if key not in lights or not _holds_lists(table, name):
+            table = _undecoded(table, key, name, "light maps" if key in lights else "images")
     archive = lru_cache(maxsize=8)(zipfile.ZipFile)
 
     def file(row: dict, column: str) -> File:
         found = row[column] or {"bytes": None, "path": None}
+        if isinstance(found, list):
+            return File(found, "")
         data, path = found["bytes"], found["path"]
         if not data and path and path.startswith("zip://"):  # zip://<member>::<archive>
             member, _, name = path.removeprefix("zip://").partition("::")
@@ -272,13 +294,20 @@ def _no_such_column(key: str, name: str, columns: list[str]) -> str:
     return fault + (f"; nearest is {near[0]!r}" if near else "")
 
 
-def _undecoded(table: "datasets.Dataset", key: str, column: str) -> "datasets.Dataset":
+def _holds_lists(table: "datasets.Dataset", column: str) -> bool:
+    """Of lists, as Datasets reads nested numbers, and the .npy members of WebDataset tars."""
+    import datasets
+
+    return isinstance(table.features[column], datasets.List | datasets.LargeList | datasets.Array3D)
+
+
+def _undecoded(table: "datasets.Dataset", key: str, column: str, what: str) -> "datasets.Dataset":
     import datasets
 
     try:
         return table.cast_column(column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"dataset.{key} = {column!r}: doesn't hold images: {error}") from None
+        raise InputError(f"dataset.{key} = {column!r}: doesn't hold {what}: {error}") from None
 
 
 def _check_groups(table: "datasets.Dataset", column: str | None) -> None:
@@ -322,7 +351,7 @@ def _imagefolder(table: "datasets.Dataset", source: Source, params: DatasetParam
             f"{', '.join(table.column_names)}, and there is no .txt file beside the images"
         )
 
-    def inside(path: bytes | str | None) -> str | None:
+    def inside(path: bytes | str | list | None) -> str | None:
         return str(Path(path).relative_to(root)) if isinstance(path, str) and Path(path).is_relative_to(root) else None
 
     def named(index: int) -> Candidate:

@@ -54,6 +54,42 @@ def to_epsilon(
     return signal * model_pred + sigma * noisy_latents
 
 
+def to_latents(
+    model_pred: Tensor,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    prediction_type: PredictionType,
+) -> Tensor:
+    """The x₀ that a prediction implies: (x_t - √(1-ᾱ_t) ε) / √ᾱ_t (Ho et al. 2020, eq. 15); √ᾱ_t x_t - √(1-ᾱ_t) v."""
+    signal, sigma = _rates(timesteps, alphas_cumprod, noisy_latents)
+    if prediction_type == "epsilon":
+        return (noisy_latents - sigma * model_pred) / signal
+    return signal * noisy_latents - sigma * model_pred
+
+
+def add_lights(
+    epsilon_1: Tensor,
+    epsilon_2: Tensor,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    black: Tensor | float,
+) -> Tensor:
+    """The noise in x_t as an image under light L₁ + L₂, from the noise in the same x_t as one under L₁, and under L₂.
+
+    Light adds up, so x₀ - x_black does: with x₀ = (x_t - σ ε)/√ᾱ_t of one shared x_t,
+    ε₁₂ = ε₁ + ε₂ - (x_t - √ᾱ_t x_black)/σ. IC-Light's derivation (Zhang et al. 2025) lacks the last term. It is exact
+    where x₀ is linear in light: in pixels 2I - 1 without a tone curve, where black is -1. Behind a VAE it is an
+    approximation.
+
+    Args:
+        black: x₀ of an image without any light; of the shape of x₀ or to be broadcast to it.
+    """
+    signal, sigma = _rates(timesteps, alphas_cumprod, noisy_latents)
+    return epsilon_1 + epsilon_2 - (noisy_latents - signal * black) / sigma
+
+
 def signal_to_noise_ratio(alphas_cumprod: Tensor) -> Tensor:
     """SNR = ᾱ / (1-ᾱ), of the shape of `alphas_cumprod` (Kingma et al. 2021, "Variational diffusion models")."""
     return alphas_cumprod / (1 - alphas_cumprod)

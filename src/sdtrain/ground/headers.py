@@ -36,6 +36,17 @@ def read_metadata(file: Path) -> dict[str, str]:
         raise InputError(f"{file}: not a complete .safetensors file: {error}") from None
 
 
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a .safetensors file, by name; reads the header only.
+
+    Raises:
+        InputError: as `read_metadata`.
+    """
+    read_metadata(file)
+    with safe_open(file, framework="np") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+
 def add_metadata(file: Path, metadata: dict[str, str]) -> None:
     """Add texts to the header of a .safetensors file; one whose key is there replaces the old one.
 

@@ -90,10 +90,22 @@ class DatasetSplit(_Record):
 
 
 class DatasetCondition(_Record):
-    """A further column of the data set."""
+    """A further column of the data set, of images."""
 
     channels: PositiveInt
-    """Of its images: 1 if all of them are grey."""
+    """The most that any of them has: 1 if all are grey, 4 where a part of one is transparent."""
+
+
+class DatasetLight(_Record):
+    """A further column of the data set, of light maps."""
+
+    shape: tuple[PositiveInt, PositiveInt, Literal[3]]
+    """Height, width and channels of every map."""
+
+    @property
+    def channels(self) -> int:
+        """As images have."""
+        return self.shape[-1]
 
 
 class DatasetManifest(Manifest):
@@ -103,7 +115,7 @@ class DatasetManifest(Manifest):
 
     format_version: Literal[1] = 1
     source: dict[str, Any]
-    conditions: dict[str, DatasetCondition] = {}
+    conditions: dict[str, DatasetCondition | DatasetLight] = {}
     """What belongs to each image besides the caption, by name."""
     splits: Annotated[dict[str, DatasetSplit], AfterValidator(_both)]
     dropped: dict[str, PositiveInt]
@@ -111,6 +123,16 @@ class DatasetManifest(Manifest):
     noted: dict[str, PositiveInt]
     """Number of rows with a note, by note."""
     fingerprint: str
+
+    @property
+    def world(self) -> str | None:
+        """Of generated scenes, `dataset.world`."""
+        return self.source.get("world", "shapes") if "generated" in self.source else None
+
+    @property
+    def is_lit(self) -> bool:
+        """Whether its scenes are lit, to be relit."""
+        return self.world in ("lit", "lit_by_map")
 
 
 class Shard(_Record):
@@ -124,8 +146,11 @@ class Shard(_Record):
 class CachedCondition(_Record):
     """A further column of the cache."""
 
-    kind: Literal["pixels"]
-    """`pixels`: of the cropped image, uint8; a flipped image's are mirrored when read."""
+    kind: Literal["pixels", "latents", "mask", "light"]
+    """`pixels`: of the cropped image, uint8. `latents`: its encoding, the mode of the VAE's posterior before scaling,
+    float16, with a column of its own for the flipped image. `mask`: the share of each latent's pixels that it covers,
+    float16. `light`: an environment map, float32, height, width and channels. For a flipped image all but latents are
+    mirrored when read."""
     shape: tuple[PositiveInt, ...]
     """Of one row."""
 

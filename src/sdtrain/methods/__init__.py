@@ -2,14 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sdtrain.ground.errors import InputError
-from sdtrain.methods import controlnet, finetune, lora
+from sdtrain.methods import controlnet, finetune, ic_light, lora
 from sdtrain.methods.exports import full_model_bytes
 from sdtrain.methods.method import Method
 from sdtrain.models.parts import Parts
-from sdtrain.params.schema import ControlNetParams, ExportParams, FinetuneParams, LoraParams, Section
+from sdtrain.params.schema import (
+    ControlNetParams,
+    ExportParams,
+    FinetuneParams,
+    IcLightParams,
+    LoraParams,
+    Section,
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,8 @@ class Kind:
     weights."""
     first_parts: Callable[[Any], tuple[str, ...]] = lambda params: ()
     """Parts of the base, beyond those of every Stable Diffusion, that its training starts from."""
+    found_parts: Callable[[Any], tuple[str, ...]] = lambda params: ()
+    """As `first_parts`, those that a base need not have."""
     libraries: tuple[str, ...] = ()
     """Packages, beyond those that every method uses, on whose arithmetic its weights depend."""
 
@@ -31,6 +41,7 @@ METHODS = {
     "finetune": Kind(FinetuneParams, finetune.build),
     "lora": Kind(LoraParams, lora.build, lora.exported_bytes, libraries=("peft",)),
     "controlnet": Kind(ControlNetParams, controlnet.build, controlnet.exported_bytes, controlnet.first_parts),
+    "ic_light": Kind(IcLightParams, ic_light.build, ic_light.exported_bytes, found_parts=ic_light.found_parts),
 }
 """By `method.name`."""
 
@@ -44,9 +55,10 @@ def build_method(params: Section, parts: Parts) -> Method:
     return METHODS[params.name].build(params, parts)
 
 
-def first_parts(params: Section) -> tuple[str, ...]:
-    """`Kind.first_parts` of the section `method`."""
-    return METHODS[params.name].first_parts(params)
+def first_parts(params: Section, base: Path) -> tuple[str, ...]:
+    """What the method of the section `method` starts from in the folder `base`, beyond what every base has."""
+    kind = METHODS[params.name]
+    return *kind.first_parts(params), *(name for name in kind.found_parts(params) if (base / name).exists())
 
 
 def recorded_method(tree: dict) -> Section:

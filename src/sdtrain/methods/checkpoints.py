@@ -74,7 +74,7 @@ def load_checkpoint(folder: Path, weights: str | None, base: Path) -> tuple[Meth
     if not (folder / weights).exists():
         raise InputError(f"{folder}: has no {weights} weights; use 'raw', or train with train.use_ema: true")
     params = recorded_method(config["params"]["method"])
-    parts, scheduler = load_base_of(folder, base, first_parts(params))
+    parts, scheduler = load_base_of(folder, base, first_parts(params, base))
     method = build_method(params, parts)
     method.load(folder / weights)
     method.trained.requires_grad_(False).eval()

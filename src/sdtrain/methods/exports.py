@@ -40,7 +40,7 @@ def export_full(
     Raises:
         InputError: the original layout can't hold the model's structure.
     """
-    pipeline = _half(pipeline) if params.dtype == "fp16" else pipeline
+    pipeline = in_half(pipeline) if params.dtype == "fp16" else pipeline
     pipeline.save_pretrained(folder, safe_serialization=True)
     load = partial(type(pipeline).from_pretrained, folder, dtype=torch.float32)
     yield Exported(folder, "", load, error, pipeline)
@@ -64,7 +64,7 @@ def _load_single_file(kind: type[StableDiffusionPipeline], file: Path, folder: P
     return pipeline
 
 
-def _half(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+def in_half(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
     """The pipeline in fp16; a copy, because the method's modules go on being used."""
     parts = {
         name: copy.deepcopy(part).half() if isinstance(part, nn.Module) else part

@@ -5,7 +5,7 @@ what a `Method` has; `trained_parameters` is the one definition of a run's weigh
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -100,16 +100,20 @@ def denoising_loss(predict: Predict) -> LossPass:
     """The squared error of the prediction, with min-SNR weights if the objective has a γ (Ho et al. 2020, eq. 14)."""
 
     def losses(model: nn.Module, batch: Batch, objective: Objective) -> dict[str, Tensor]:
-        alphas_cumprod, prediction_type = objective.alphas_cumprod, objective.prediction_type
-        noisy_latents = add_noise(batch.latents, batch.input_noise, batch.timesteps, alphas_cumprod)
-        model_pred = predict(model, noisy_latents, batch.timesteps, batch)
-        target = prediction_target(batch.latents, batch.noise, batch.timesteps, alphas_cumprod, prediction_type)
-        loss = (model_pred.float() - target).square().mean(dim=(1, 2, 3))
-        if objective.snr_gamma is not None:
-            loss = loss * min_snr_weights(batch.timesteps, alphas_cumprod, objective.snr_gamma, prediction_type)
-        return {"loss": loss}
+        noisy_latents = add_noise(batch.latents, batch.input_noise, batch.timesteps, objective.alphas_cumprod)
+        return {"loss": denoising_error(predict(model, noisy_latents, batch.timesteps, batch), batch, objective)}
 
     return losses
+
+
+def denoising_error(model_pred: Tensor, batch: Batch, objective: Objective) -> Tensor:
+    """What `denoising_loss` minimises, of a prediction, float32 [B]."""
+    alphas_cumprod, prediction_type = objective.alphas_cumprod, objective.prediction_type
+    target = prediction_target(batch.latents, batch.noise, batch.timesteps, alphas_cumprod, prediction_type)
+    loss = (model_pred.float() - target).square().mean(dim=(1, 2, 3))
+    if objective.snr_gamma is not None:
+        loss = loss * min_snr_weights(batch.timesteps, alphas_cumprod, objective.snr_gamma, prediction_type)
+    return loss
 
 
 def predict_from_text(
@@ -121,7 +125,11 @@ def predict_from_text(
 
 def encode_text(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
     """The frozen encoder's hidden states, float32 [B, L, D], whatever precision the caller computes in."""
-    device_type = input_ids.device.type
-    can_autocast = torch.amp.is_autocast_available(device_type)
-    with torch.no_grad(), torch.autocast(device_type, enabled=False) if can_autocast else nullcontext():
+    with torch.no_grad(), in_fp32(input_ids.device.type):
         return text_encoder(input_ids).last_hidden_state
+
+
+def in_fp32(device_type: str) -> AbstractContextManager:
+    """Without autocast, whatever precision the caller computes in."""
+    can_autocast = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if can_autocast else nullcontext()

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from sdtrain.ground.diffusion import PredictionType
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json
-from sdtrain.ground.layout import CONTROLNET
+from sdtrain.ground.layout import CONTROLNET, UNET_OFFSET
 
 
 @dataclass
@@ -212,4 +212,4 @@ def _frozen(module):
     return module.requires_grad_(False).eval()
 
 
-_OTHERS = {CONTROLNET: load_controlnet}
+_OTHERS = {CONTROLNET: load_controlnet, UNET_OFFSET: load_unet}

@@ -12,12 +12,16 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from PIL import Image
+from torch import Tensor
 
 from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import read_json
+from sdtrain.ground.layout import LIGHT_ENCODER
+from sdtrain.models.ic_light import IcLightPipeline
 from sdtrain.models.parts import Parts, hide_progress_bars, pick_device
 
-Conditions = dict[str, list[Image.Image]]
-"""By a condition's name, one image per prompt."""
+Conditions = dict[str, list[Image.Image] | list[Tensor]]
+"""By a condition's name, one image per prompt; or a tensor: unscaled latents [4, h, w], a light map [H, W, 3]."""
 _ARGUMENTS = {"hint": "image"}
 """A condition's name among a pipeline's arguments, where that is another."""
 
@@ -33,6 +37,12 @@ def build_controlnet_pipeline(
     """As `build_pipeline`, with a ControlNet."""
     components = _components(parts, scheduler)
     return _quiet(StableDiffusionControlNetPipeline(**components, controlnet=controlnet, requires_safety_checker=False))
+
+
+def build_ic_light_pipeline(parts: Parts, scheduler: DDPMScheduler) -> IcLightPipeline:
+    """As `build_pipeline`, with conditions for the UNet, and with the parts' `light_encoder` if they have one."""
+    components = _components(parts, scheduler)
+    return _quiet(IcLightPipeline(**components, light_encoder=parts.others.get(LIGHT_ENCODER)))
 
 
 def _components(parts: Parts, scheduler: DDPMScheduler) -> dict:
@@ -53,20 +63,33 @@ def _quiet(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def load_pipeline(folder: Path) -> DiffusionPipeline:
-    """The pipeline of a Diffusers folder in fp32, on the accelerator where there is one.
+    """The pipeline of a Diffusers folder in fp32, on the accelerator where there is one; an IC-Light's, too.
 
     Raises:
         InputError: the folder isn't a Diffusers model.
     """
+    return read_pipeline(folder).to(pick_device())
+
+
+def read_pipeline(folder: Path) -> DiffusionPipeline:
+    """As `load_pipeline`, on the CPU."""
     if not (folder / "model_index.json").exists():
         raise InputError(f"{folder}: not a Diffusers model (it has no model_index.json)")
     hide_progress_bars()
-    return _quiet(DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)).to(pick_device())
+    index = read_json(folder / "model_index.json")
+    is_ic_light = isinstance(index, dict) and index.get("_class_name") == IcLightPipeline.__name__
+    kind = IcLightPipeline if is_ic_light else DiffusionPipeline  # which knows Diffusers' own classes
+    return _quiet(kind.from_pretrained(folder, dtype=torch.float32, safety_checker=None))
 
 
-def takes_hints(pipeline: DiffusionPipeline) -> bool:
-    """Whether its images need a hint."""
-    return isinstance(pipeline, StableDiffusionControlNetPipeline)
+def seen_by(pipeline: DiffusionPipeline) -> tuple[str, ...]:
+    """The conditions that its images need, by name."""
+    if isinstance(pipeline, StableDiffusionControlNetPipeline):
+        return ("hint",)
+    if not isinstance(pipeline, IcLightPipeline):
+        return ()
+    light = () if pipeline.light_encoder is None else ("light",)
+    return ("foreground", *(("background",) if pipeline.unet.config.in_channels == 12 else ()), *light)
 
 
 def drawn_px(pipeline: DiffusionPipeline) -> int:
@@ -91,7 +114,7 @@ def generate(
     `batch_size`, and stock Diffusers draws the same image with `torch.Generator("cpu").manual_seed(seed)`.
 
     Args:
-        conditions: what the model sees besides each prompt, at the size of the images drawn.
+        conditions: what the model sees besides each prompt, images at the size of those drawn.
     """
     conditions = conditions or {}
     assert all(len(given) == len(prompts) for given in (seeds, *conditions.values())), "one of each per prompt"
@@ -106,6 +129,10 @@ def generate(
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]],
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
-                **{_ARGUMENTS.get(name, name): given[chunk] for name, given in conditions.items()},
+                **{_ARGUMENTS.get(name, name): _stacked(given[chunk]) for name, given in conditions.items()},
             ).images
     return images
+
+
+def _stacked(given: list[Image.Image] | list[Tensor]) -> list[Image.Image] | Tensor:
+    return torch.stack(given) if isinstance(given[0], Tensor) else given

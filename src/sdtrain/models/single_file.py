@@ -93,10 +93,10 @@ def save_single_file(pipeline: StableDiffusionPipeline, file: Path) -> None:
 def _original_tensors(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
     """All tensors by their original keys, as safetensors takes them: contiguous, none twice."""
     unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
-    for part, module in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
-        _check_structure(part, module.config)
+    _check_structure("vae", vae.config)
+    _check_structure("text_encoder", text_encoder.config)
     renamed = [
-        *_renamed("model.diffusion_model", unet, _unet_names(unet.config)),
+        *_renamed("model.diffusion_model", unet, original_unet_names(unet.config)),
         *_renamed("first_stage_model", vae, _vae_names(vae.config)),
         *_renamed("cond_stage_model.transformer.text_model", text_encoder, _text_names(text_encoder.config)),
     ]
@@ -118,8 +118,13 @@ def _renamed(prefix: str, module: nn.Module, names: dict[str, str]) -> Iterable[
         yield f"{prefix}.{names[owner]}.{leaf}", tensor
 
 
-def _unet_names(config: Any) -> dict[str, str]:
-    """The original name of every module of the UNet that holds weights, by Diffusers' name; some that it lacks, too."""
+def original_unet_names(config: Any) -> dict[str, str]:
+    """The original name of every module of the UNet that holds weights, by Diffusers' name; some that it lacks, too.
+
+    Raises:
+        InputError: the layout can't express the UNet's structure; names the config key.
+    """
+    _check_structure("unet", config)
     layers = config.layers_per_block
     depth = range(config.transformer_layers_per_block)
     transformer = [f"transformer_blocks.{i}.{module}" for i in depth for module in _TRANSFORMER_BLOCK]
@@ -151,7 +156,7 @@ def _unet_names(config: Any) -> dict[str, str]:
 
 
 def _vae_names(config: Any) -> dict[str, str]:
-    """As `_unet_names`."""
+    """As `original_unet_names`."""
     layers, last = config.layers_per_block, len(config.block_out_channels) - 1
     names = {name: name for name in ("quant_conv", "post_quant_conv")}
     for half in ("encoder", "decoder"):
@@ -172,7 +177,7 @@ def _vae_names(config: Any) -> dict[str, str]:
 
 
 def _text_names(config: Any) -> dict[str, str]:
-    """As `_unet_names`."""
+    """As `original_unet_names`."""
     layers = [f"encoder.layers.{i}.{module}" for i in range(config.num_hidden_layers) for module in _TEXT_LAYER]
     embeddings = ("embeddings.token_embedding", "embeddings.position_embedding")
     return {name: name for name in (*embeddings, *layers, "final_layer_norm")}

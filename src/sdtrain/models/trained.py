@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from diffusers import (
     ControlNetModel,
     DDPMScheduler,
@@ -15,10 +16,18 @@ from safetensors.torch import load_file
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json, sha256_json
 from sdtrain.ground.headers import read_metadata
-from sdtrain.ground.layout import ADAPTER_FILE, CONTROLNET_FILE, MERGED
+from sdtrain.ground.layout import ADAPTER_FILE, CONTROLNET_FILE, LIGHT_ENCODER, MERGED, UNET_OFFSET
 from sdtrain.ground.manifests import BaseManifest
+from sdtrain.models.ic_light import IcLightPipeline, LightEncoder
+from sdtrain.models.offsets import load_offsets, merge_offsets, merged
 from sdtrain.models.parts import Parts, load_controlnet, load_parts, pick_device, training_scheduler
-from sdtrain.models.pipelines import build_controlnet_pipeline, build_pipeline, load_pipeline
+from sdtrain.models.pipelines import (
+    build_controlnet_pipeline,
+    build_ic_light_pipeline,
+    build_pipeline,
+    load_pipeline,
+    read_pipeline,
+)
 
 
 def load_base_of(folder: Path, base: Path, others: Sequence[str] = ()) -> tuple[Parts, DDPMScheduler]:
@@ -73,6 +82,39 @@ def load_controlled(folder: Path, base: Path, file: str | None = None) -> Stable
         controlnet.load_state_dict(load_file(folder / file))
     parts, scheduler = load_base_of(folder, base)
     return build_controlnet_pipeline(parts, controlnet, scheduler)
+
+
+def load_relit(folder: Path, base: Path, file: str | None = None) -> IcLightPipeline:
+    """An exported IC-Light, in fp32 on the CPU.
+
+    Args:
+        base: the folder of its base; matters with `file` only.
+        file: take the UNet's weights from the base and the offsets in this file of the folder, in either key layout.
+
+    Raises:
+        InputError: that file is missing or damaged or doesn't match the base, it was trained on another base, or the
+            folder has no IC-Light.
+    """
+    if file is None:
+        pipeline = read_pipeline(folder)
+        if not isinstance(pipeline, IcLightPipeline):
+            raise InputError(f"{folder}: not an IC-Light, but a {type(pipeline).__name__}")
+        return pipeline
+    parts, scheduler = load_base_of(folder, base)
+    merge_offsets(parts.unet, load_offsets(folder / file, parts.unet.config), folder / file)
+    if (folder / LIGHT_ENCODER / "config.json").exists():
+        encoder = LightEncoder.from_pretrained(folder / LIGHT_ENCODER, dtype=torch.float32, use_safetensors=True)
+        parts.others[LIGHT_ENCODER] = encoder.requires_grad_(False).eval()
+    return build_ic_light_pipeline(parts, scheduler)
+
+
+def load_base_pipeline(base: Path) -> DiffusionPipeline:
+    """The base, on the accelerator if there is one: with its UNet's offset, if it has one, an IC-Light."""
+    if not (base / UNET_OFFSET).exists():
+        return load_pipeline(base)
+    parts = load_parts(base, (UNET_OFFSET,))
+    parts.unet = merged(parts.unet, parts.others.pop(UNET_OFFSET).state_dict())
+    return build_ic_light_pipeline(parts, parts.scheduler).to(pick_device())
 
 
 def load_model(folder: Path, base: Path) -> DiffusionPipeline:

@@ -47,12 +47,17 @@ class BaseParams(Section):
     `method.start: base`. A local base brings its own in `controlnet/`."""
     controlnet_revision: Text | None
     """Branch, tag or commit of `controlnet_repo`."""
+    unet_offset: Text
+    """`ic_light` only: a .safetensors file in the layout of the released IC-Light (trained minus base, in Diffusers'
+    keys) to start from, and to compare with; or a folder, which is none. DVC watches it, so it must exist."""
     unet_config: dict[str, Any] | None
     """Config of Diffusers' UNet2DConditionModel: train a UNet of this structure from scratch."""
 
 
-ConditionName = Literal["hint"]
-"""What a model may see besides the caption: a ControlNet's `hint`."""
+ConditionName = Literal["hint", "foreground", "background", "mask", "light", "light_1", "relit_1", "relit_2"]
+"""What a model may see besides the caption. A ControlNet's: `hint`. IC-Light's: `foreground`, the object under another
+light (its alpha or the `mask` puts it on grey); `background`; `mask` of the object; `light`, an environment map. And of
+a light's part `light_1`: images of the scene under this part and under the rest, `relit_1` and `relit_2`."""
 
 
 class DatasetParams(Section):
@@ -75,8 +80,8 @@ class DatasetParams(Section):
     """All but `generated`: column of the caption (`txt` in WebDataset tars)."""
     condition_columns: dict[ConditionName, Text]
     """Further columns that the method needs, by what they are: e.g. `{hint: conditioning_image}`. In an image folder
-    also files beside the images: `{hint: 'hints/*.png'}`, where * is the image's path without its suffix. `generated`
-    has `outline`."""
+    also files beside the images: `{hint: 'hints/*.png'}`, where * is the image's path without its suffix. Of the
+    `generated` worlds the shapes have `outline`, and the lit ones the names of IC-Light's conditions."""
     group_column: Text | None
     """All but `generated`: column whose equal values stay in one split, e.g. the object of several photographs."""
     max_train_samples: PositiveInt | None
@@ -88,13 +93,14 @@ class DatasetParams(Section):
     """All but `generated`: colour behind transparent images, `#rrggbb`."""
     num_workers: NonNegativeInt
     """Threads that decode and check images; 0 uses the main thread."""
-    world: Literal["shapes", "free_shapes"]
-    """`generated` only: `shapes`, whose captions may name size and place; or `free_shapes` of any size and at any
-    place, of which captions say nothing, for hints to tell."""
+    world: Literal["shapes", "free_shapes", "lit", "lit_by_map"]
+    """`generated` only: `shapes`, whose captions may name size and place; `free_shapes` of any size and at any place,
+    of which captions say nothing, for hints to tell; `lit`, shapes as domes under one of eight lights, which captions
+    name first; `lit_by_map`, the same with captions that say nothing of the light, for light maps to tell."""
     num_scenes: PositiveInt
-    """`generated` only: how many scenes to draw."""
+    """`generated` only: how many images to draw, one of each scene; of each lit scene two, under two lights."""
     new_fraction: Annotated[float, Field(ge=0, le=1)]
-    """`generated` only: share of the scenes that show a concept the built-in base has never seen."""
+    """`generated` only: share of the scenes that show a concept the built-in base has never seen; 0 for lit scenes."""
 
 
 class PrecomputeParams(Section):
@@ -107,9 +113,11 @@ class PrecomputeParams(Section):
     `generated` images are squares already: true only."""
     random_flip: bool
     """Also cache the flipped image's own encoding; `train` draws one of the two each time."""
-    derived_conditions: dict[Literal["hint"], Literal["canny"]]
-    """Conditions computed from the cropped image instead of read: `{hint: canny}` are edges (Canny 1986, by OpenCV),
-    with thresholds drawn for each image, so that the model doesn't bind to one setting."""
+    derived_conditions: dict[Literal["hint", "foreground", "mask"], Literal["canny", "degraded", "alpha"]]
+    """Conditions computed instead of read. `{hint: canny}`: edges of the cropped image (Canny 1986, by OpenCV), with
+    thresholds drawn for each image, so that the model doesn't bind to one setting. `{foreground: degraded}`: the
+    image's own object, by its `mask`, under an approximation of other lights, which makes a pair of a plain photograph.
+    `{mask: alpha}`: the foreground's alpha channel."""
     batch_size: PositiveInt
     """Images per VAE call. Changes speed and memory only."""
 
@@ -159,7 +167,38 @@ class ControlNetParams(Section):
     brings, or of `base.controlnet_repo`."""
 
 
-MethodParams = Annotated[FinetuneParams | LoraParams | ControlNetParams, Field(discriminator="name")]
+class IcLightParams(Section):
+    """Relighting as in IC-Light (Zhang et al. 2025): the UNet with a wider first convolution also sees the object.
+
+    Needs the condition `foreground`; see the fields for others.
+    """
+
+    name: Literal["ic_light"]
+    """The training method; each has keys of its own."""
+    variant: Literal["fc", "fbc"]
+    """What the UNet sees besides the noisy latents: the foreground, or foreground and `background`."""
+    light: Literal["words", "map"]
+    """How the light is told: in the caption, where its words must stand first to be heard; or also as an environment
+    map, the condition `light`, through a small network to cross-attention tokens."""
+    light_size: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None
+    """`map` only: height and width of the light maps: [32, 32], to which larger ones are reduced; [1, 5] in the lit
+    world."""
+    num_light_tokens: PositiveInt | None
+    """`map` only: tokens that the map becomes; the paper's readers report 3."""
+    consistency_weight: Annotated[float, Field(ge=0)]
+    """Weight of the light-transport consistency loss: the light's random split L = L1 + L2 must add up in what the
+    model predicts. Needs `map` and the condition `mask`; a step then takes three times as long. 0 is none."""
+    phi: Literal["fixed", "mlp", "pixel"] | None
+    """Consistency only: how predictions under L1 and L2 become the one under L. `fixed`: the closed form
+    ε₁ + ε₂ - (z_t - √ᾱ z_black)/σ. `mlp`: a learned network per latent pixel, symmetric in 1 and 2, which also sees z_t
+    and log SNR. `pixel`: no network; the three predicted images are decoded and added in linear light."""
+    consistency_latents: Literal["shared", "own"] | None
+    """Consistency only: `shared`: one noisy latent z_t for all three lights. `own`: as the paper's loss is read, each
+    light has its own image (`light_1`, `relit_1`, `relit_2`) with the same noise; `mlp` only, which then sees the
+    predictions alone."""
+
+
+MethodParams = Annotated[FinetuneParams | LoraParams | ControlNetParams | IcLightParams, Field(discriminator="name")]
 """The section `method`: one of these, by `name`."""
 
 
@@ -334,7 +373,7 @@ class EvaluateParams(Section):
     max_samples: PositiveInt
     """Held-out images used for the loss."""
     num_prompts: PositiveInt
-    """`generated` only: prompts of each kind (new and known concepts) whose images are measured."""
+    """`generated` only: prompts of each kind (new and known concepts), or lit scenes, whose images are measured."""
     num_inference_steps: PositiveInt
     """`generated` only: DPM-Solver++ steps of these images."""
     guidance_scale: Annotated[float, Field(ge=0)]

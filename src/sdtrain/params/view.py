@@ -10,6 +10,7 @@ from typing import Any
 
 NEUTRAL = {
     "base.path": "data/builtin",
+    "base.unet_offset": "data/offset",
     "dataset.path": "data/images",
     "dataset.split": "train",
     "dataset.image_column": "image",

@@ -68,7 +68,7 @@ def build_trainer(params: Params, files: TrainFiles, accelerator: Accelerator) -
     check_device(train, device.type)
     num_micro_batches = count_micro_batches(train, accelerator.num_processes)
     shards = LatentShards(files.latents, "train", encoders_fingerprint(files.base))
-    parts = load_parts(files.base, first_parts(params.method))
+    parts = load_parts(files.base, first_parts(params.method, files.base))
     scheduler = training_scheduler(parts.scheduler, train.prediction_type, train.zero_terminal_snr)
     parts.set_resolution(params.precompute.resolution)
     torch.manual_seed(randomness.integer(params.seed, "method"))  # for modules that start at random, on the CPU
