@@ -10,6 +10,7 @@ from sdtrain.ground.errors import InputError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
     from sdtrain.models.pipelines import Conditions
     from sdtrain.training.files import TrainFiles
 

@@ -1,4 +1,4 @@
-"""Metrics on held-out data: loss and condition use of base and trained, and how right images of generated scenes are."""
+"""Metrics on held-out data: loss and condition use of base and trained, and how right generated scenes are drawn."""
 
 import sys
 from pathlib import Path

@@ -163,9 +163,10 @@ def _row_conditions(
         derived["foreground"] = degraded(image, given["mask"][0].astype(np.float32) / 255, seed, row["id"])
     found = given | derived
     for name, values in found.items():
-        if CONDITIONS[name].kind == "latents":
-            is_object = name == "foreground"
-            found[name] = on_grey(values, found.get("mask")) if is_object else values.astype(np.float32) / 127.5 - 1
+        if name == "foreground":
+            found[name] = on_grey(values, found.get("mask"))
+        elif CONDITIONS[name].kind == "latents":
+            found[name] = values.astype(np.float32) / (127 if name == "background" else 127.5) - 1
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import HINTED, ROOT, shrunk_tree
+from tests.conftest import CONSISTENT, EVERYTHING_LIT, HINTED, ROOT, merged, shrunk_tree
 
 GOLDEN = ROOT / "tests" / "golden" / "losses.json"
 STEPS = {"max_steps": 10, "lr_warmup_steps": 2, "log_every_n_steps": 1, "lr": 1.0e-4, "caption_dropout": 0.1}
@@ -35,6 +35,8 @@ RUNS = {
 }
 HINTED_RUNS = {"controlnet": {**STEPS, "caption_dropout": 0.5}}
 """On the workspace `hinted`."""
+RELIT_RUNS = {"ic_light": STEPS}
+"""On the workspace `relit`, with light by map and a learned φ."""
 COLUMNS = ("loss", "grad_norm", "param_norm_clip", "lr")
 VALIDATION = {"every_n_steps": 10, "num_timesteps": 2, "max_samples": 4}
 
@@ -47,14 +49,19 @@ def numbers_of(run) -> dict[str, list[float]]:
     }
 
 
-@pytest.mark.parametrize("name", [*RUNS, *HINTED_RUNS])
-def test_ten_steps_give_the_golden_losses(workspace, hinted, tmp_path, name):
+@pytest.mark.parametrize("name", [*RUNS, *HINTED_RUNS, *RELIT_RUNS])
+def test_ten_steps_give_the_golden_losses(workspace, hinted, relit, tmp_path, name):
     """On another CPU the sums round differently; this still detects any change of the arithmetic.
 
     The cache keeps float16, so a sum that rounds differently there can move one image's latents by 1e-3.
     """
-    place, train = (workspace, RUNS[name]) if name in RUNS else (hinted, HINTED_RUNS[name])
-    numbers = numbers_of(place.train(tmp_path, train=train, validation=VALIDATION))
+    place, train = {
+        **{name: (workspace, train) for name, train in RUNS.items()},
+        **{name: (hinted, train) for name, train in HINTED_RUNS.items()},
+        **{name: (relit, train) for name, train in RELIT_RUNS.items()},
+    }[name]
+    changes = CONSISTENT if name in RELIT_RUNS else {}
+    numbers = numbers_of(place.train(tmp_path, **merged(changes, {"train": train, "validation": VALIDATION})))
     golden = json.loads(GOLDEN.read_text())[name]
     for column in golden:
         assert numbers[column] == pytest.approx(golden[column], rel=1e-5 if name in RUNS else 1e-4), column
@@ -65,9 +72,10 @@ if __name__ == "__main__":
     from tests.integration.conftest import Workspace
 
     found = {}
-    for runs, changes in ((RUNS, None), (HINTED_RUNS, HINTED)):
+    for runs, changes, own in ((RUNS, None, {}), (HINTED_RUNS, HINTED, {}), (RELIT_RUNS, EVERYTHING_LIT, CONSISTENT)):
         with tempfile.TemporaryDirectory() as folder:
             place = Workspace(Path(folder), lambda **changes: check_params(shrunk_tree(**changes)), ROOT, changes)
             for name, train in runs.items():
-                found[name] = numbers_of(place.train(Path(folder) / name, train=train, validation=VALIDATION))
+                settings = merged(own, {"train": train, "validation": VALIDATION})
+                found[name] = numbers_of(place.train(Path(folder) / name, **settings))
     GOLDEN.write_text(json.dumps(found, indent=1) + "\n")

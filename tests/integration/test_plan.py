@@ -206,6 +206,16 @@ def test_flipped_images_and_both_splits_are_in_the_latents(workspace, make_param
     assert plan["latents"].num_bytes == pytest.approx(folder_bytes(out), rel=0.02)
 
 
+def test_conditions_of_every_kind_are_in_the_latents(relit, tmp_path):
+    """Foreground and background, relit ones, mask and light maps; but for headers the sum is exact."""
+    params = relit.make_params(base=BUILTIN)
+    plan = items_of(params, relit.files(tmp_path, base=tmp_path / "no", latents=tmp_path / "no"), tmp_path / "no")
+    data = sum(header_and_data(file)[1] for file in relit.latents.glob("*.safetensors"))
+    ids = 38 * 60
+    assert plan["latents"].num_bytes == data + ids
+    assert plan["latents"].num_bytes == pytest.approx(folder_bytes(relit.latents), rel=0.02)
+
+
 def test_disk_and_push_add_up(command, nothing):
     plan = lines_of(command("plan", places=nothing))
 

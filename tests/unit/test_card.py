@@ -99,6 +99,9 @@ class Project:
         for name, mib in files.items():
             (self.model / name).parent.mkdir(parents=True, exist_ok=True)
             (self.model / name).write_bytes(b"\0" * (mib << 20))
+        root = Path(__file__).resolve().parents[2]
+        if "model_index.json" in files:  # as an IC-Light's export has it
+            shutil.copyfile(root / "src" / "sdtrain" / "models" / "ic_light.py", self.model / "ic_light.py")
         recorded = self.params.model_dump()
         for section, value in changes.items():
             recorded[section] = value if section in ("method", "seed") else {**recorded[section], **value}
@@ -114,7 +117,6 @@ class Project:
         self.write(self.base / "unet" / "config.json", config)
         self.samples.mkdir(exist_ok=True)
         self.draw_grid([] if self.params.sample.num_held_out is None else CAPTIONS)
-        root = Path(__file__).resolve().parents[2]
         numbers = json.loads((root / "metrics" / "evaluate.json").read_text())
         table = (root / "metrics" / "prompt_accuracy.csv").read_text()
         relit = generated and self.params.method.name == "ic_light"
@@ -939,14 +941,16 @@ def test_lit_scenes_are_called_so(project):
     assert "- images: 2,000 generated images of coloured domes, each dome under two of eight lights, 64 px" in card
 
 
-def test_the_pipeline_that_diffusers_lacks_is_in_the_card(project, root):
+def test_the_pipeline_that_diffusers_lacks_is_in_the_card(project):
     card = project.build(**CASES["ic-light"]).card()
     nodes = list(parse(card)[1].children)
     (place,) = (n for n, node in enumerate(nodes) if node.type == "paragraph"
-                and node.children[0].content.startswith("Save this as `ic_light.py`"))  # fmt: skip
-    shipped = (root / "src" / "sdtrain" / "models" / "ic_light.py").read_text()
-    assert nodes[place + 1].content == shipped
+                and node.children[0].content.startswith("`ic_light.py`, a file of sdtrain"))  # fmt: skip
+    assert nodes[place + 1].content == (project.model / "ic_light.py").read_text()
     assert "from ic_light import IcLightPipeline" in blocks(card, "python")[0]
+    (project.model / "ic_light.py").unlink()
+    with pytest.raises(InputError, match=r"ic_light.py: can't be read: .*; run `dvc repro export`"):
+        project.card()
 
 
 @pytest.mark.parametrize("method", [{}, {"variant": "fbc", **MAP}], ids=["foreground and words", "all"])
@@ -971,6 +975,7 @@ def test_the_snippet_draws_with_the_file_in_the_card(project, root, monkeypatch,
     torch.nn.init.normal_(parts.unet.conv_in.weight[:, 4:].data, std=0.1)
     pipeline = build_ic_light_pipeline(parts, parts.scheduler)
     pipeline.save_pretrained(project.model)
+    shutil.copyfile(root / "src" / "sdtrain" / "models" / PIPELINE_FILE, project.model / PIPELINE_FILE)
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sdtrain.ground import headers
 from sdtrain.ground.errors import DiskFullError, InputError
 from sdtrain.ground.files import sha256_file
-from sdtrain.ground.headers import add_metadata, read_metadata
+from sdtrain.ground.headers import add_metadata, read_metadata, read_shapes
 
 TENSORS = {
     "b.weight": torch.arange(6, dtype=torch.float16).reshape(2, 3),
@@ -70,6 +70,15 @@ def test_header_is_canonical(file):
         assert list(texts["__metadata__"]) == ["M", "a", "format", "title", "z"]
         assert header.rstrip(b" ") == json.dumps(texts, separators=(",", ":")).encode()
         assert_same_tensors(file)
+
+
+def test_shapes_are_told_by_name(file, tmp_path):
+    expected = {"b.weight": (2, 3), "a": (3,), "odd": (3,), "empty": (0, 4), "scalar": ()}
+    assert read_shapes(file) == expected
+    add_metadata(file, {"a": "a text of a tensor's name"})
+    assert read_shapes(file) == expected
+    save_file({}, tmp_path / "none.safetensors")
+    assert read_shapes(tmp_path / "none.safetensors") == {}
 
 
 def test_same_bytes_in_every_process(tmp_path):
@@ -170,7 +179,7 @@ DAMAGES = {
 def test_damaged_file_is_named_and_left_alone(file, damage):
     data = DAMAGES[damage](file.read_bytes())
     file.write_bytes(data)
-    for fault in (lambda: read_metadata(file), lambda: add_metadata(file, {"a": "b"})):
+    for fault in (lambda: read_metadata(file), lambda: read_shapes(file), lambda: add_metadata(file, {"a": "b"})):
         with pytest.raises(InputError, match=r"model\.safetensors: not a complete \.safetensors file: "):
             fault()
     assert file.read_bytes() == data
@@ -180,5 +189,6 @@ def test_damaged_file_is_named_and_left_alone(file, damage):
 def test_missing_file_and_folder_are_named(tmp_path):
     with pytest.raises(InputError, match=r"a\.safetensors: no such file"):
         add_metadata(tmp_path / "a.safetensors", {})
-    with pytest.raises(InputError, match=f"{tmp_path.name}: can't be read"):
-        read_metadata(tmp_path)
+    for read in (read_metadata, read_shapes):
+        with pytest.raises(InputError, match=f"{tmp_path.name}: can't be read"):
+            read(tmp_path)

@@ -238,7 +238,7 @@ def test_unet_sees_scaled_conditions_in_both_halves_of_guidance():
 
     vae, scale = pipeline.vae, pipeline.vae.config.scaling_factor
     zero = vae.encode(torch.zeros(2, 3, 48, 64)).latent_dist.mode() * scale
-    colours = torch.tensor([[-1, 51 / 127.5 - 1, 1], [1, 1, 1]])[:, :, None, None].expand(2, 3, 48, 64)
+    colours = torch.tensor([[-1, 51 / 127 - 1, 128 / 127], [128 / 127] * 3])[:, :, None, None].expand(2, 3, 48, 64)
     background = vae.encode(colours).latent_dist.mode() * scale
     assert torch.equal(sample[:, 4:8], torch.cat([zero, zero]))
     assert error(sample[:, 8:], torch.cat([background, background])) < 1e-5

@@ -542,7 +542,8 @@ def test_all_conditions_are_cropped_with_their_image(seed, cache, base):
         mask = square["mask"] / 255
         close(found["mean"], encode(base, square["image"] / 127.5 - 1))
         close(found["foreground"], encode(base, (square["foreground"] - 127.0) * mask[..., None] / 127))
-        for name in ("background", "relit_1", "relit_2"):
+        close(found["background"], encode(base, square["background"] / 127 - 1))
+        for name in ("relit_1", "relit_2"):
             close(found[name], encode(base, square[name] / 127.5 - 1))
         expected = torch.from_numpy(mask.reshape(8, 8, 8, 8).mean(axis=(1, 3)))[None].float()
         torch.testing.assert_close(found["mask"], expected, rtol=1e-3, atol=1e-6)
@@ -553,13 +554,17 @@ def test_all_conditions_are_cropped_with_their_image(seed, cache, base):
     assert len(lefts) > 3
 
 
-def test_a_picture_as_its_own_background_has_the_pictures_latents(cache):
-    """At another size than the resolution: both are resized alike."""
+def test_conditions_are_resized_as_their_image_is(cache, base):
+    """Of another size than the resolution. A background's pixels are /127 - 1, so only a picture has its latents."""
     images = [as_file(smooth(n, size=(150, 100))) for n in range(NUM)]
-    cached = cache({"image": images, "background": images}, center_crop=False)
+    cached = cache({"image": images, "background": images, "relit_1": images}, center_crop=False)
     for number in range(NUM):
-        found = cached.read(number, "mean", "background")
-        close(found["background"], found["mean"])
+        _, _, row = cached.place(number)
+        found = cached.read(number, "mean", "background", "relit_1")
+        pixels = square_pixels(decode_rgb(row["image"]), 64, False, 0, row["id"]).transpose(1, 2, 0)
+        close(found["relit_1"], found["mean"])
+        close(found["background"], encode(base, (pixels + 1) * 127.5 / 127 - 1))
+        assert (found["background"] - found["mean"]).abs().max() > 0.02
 
 
 def test_conditions_are_modes_and_no_draws(cache, base):
@@ -762,6 +767,21 @@ def test_lit_scenes_bring_every_condition_and_keep_a_scene_in_one_split(build):
         assert np.array_equal(np.load(io.BytesIO(row["light"])), example.light)
         shown = lit_scenes.render(example.lit, example.light)
         assert np.array_equal(np.asarray(decode_rgb(row["image"])), np.asarray(shown))
+
+
+def test_a_mask_is_applied_once_to_a_lit_scenes_foreground(cache, base):
+    """Its alpha is the mask, and a column of masks takes the alpha's place: either way the object is on grey."""
+    examples = [lit_scenes.draw_lit(0, 2 * number) for number in range(NUM)]
+    images = [as_file(lit_scenes.render(example.lit, example.light)) for example in examples]
+    columns = {name: [lit_scenes.COLUMNS[name](example) for example in examples] for name in ("foreground", "mask")}
+    alone = cache({"image": images, "foreground": columns["foreground"]}, "alone")
+    masked = cache({"image": images, **columns}, "masked")
+    for number, example in enumerate(examples):
+        light = lit_scenes.light_map(example.foreground_light_name)
+        cutout = np.asarray(lit_scenes.cutout(example.lit, light, example.stripes)).astype(np.float64)
+        expected = encode(base, (cutout[:, :, :3] - 127) / 127 * (cutout[:, :, 3:] / 255))
+        for cached in (alone, masked):
+            close(cached.read(number, "foreground")["foreground"], expected)
 
 
 def test_maps_tell_the_light_where_captions_do_not(build):

@@ -17,6 +17,7 @@ from sdtrain.data.lit_scenes import (
     Stripes,
     albedo,
     caption,
+    cutout,
     direction,
     draw_lit,
     foreground,
@@ -192,6 +193,15 @@ def test_the_mask_is_the_coverage():
     assert pixels(mask(CIRCLE)) / 255 == pytest.approx(covers(CIRCLE), abs=1e-6)
 
 
+def test_a_cutout_is_the_picture_with_the_mask_as_alpha():
+    for lit in lit_scenes(20):
+        light = light_map("top left")
+        found = cutout(lit, light, None)
+        assert (found.mode, found.size) == ("RGBA", (64, 64))
+        assert np.array_equal(pixels(found.getchannel("A")), pixels(mask(lit)))
+        assert np.array_equal(pixels(found)[:, :, :3], pixels(render(lit, light)))
+
+
 def test_a_foreground_is_the_object_on_grey():
     for lit in lit_scenes(20):
         light, covered = light_map("bottom"), covers(lit)
@@ -283,14 +293,17 @@ def test_columns_hold_what_the_example_shows():
         assert (values.dtype, values.shape) == (np.float32, (1, 5, 3))
         assert np.array_equal(values, expected)
     images = {
-        "foreground": foreground(example.lit, light_map(example.foreground_light_name), example.stripes),
         "background": wall(example.lit, light),
         "relit_1": render(example.lit, light_1),
         "relit_2": render(example.lit, light - light_1),
     }
-    assert set(read) == {*images, "mask", "light", "light_1"}
+    assert set(read) == {*images, "foreground", "mask", "light", "light_1"}
     for name, image in images.items():
         assert np.array_equal(pixels(decode_rgb(read[name])), pixels(image))
-    assert np.array_equal(pixels(Image.open(io.BytesIO(read["mask"]))), pixels(mask(example.lit)))
+    under_another = cutout(example.lit, light_map(example.foreground_light_name), example.stripes)
+    for name, image in (("mask", mask(example.lit)), ("foreground", under_another)):
+        found = Image.open(io.BytesIO(read[name]))
+        assert found.mode == image.mode
+        assert np.array_equal(pixels(found), pixels(image))
     relit = sum(to_linear(images[name]) for name in ("relit_1", "relit_2"))
     assert relative(relit, to_linear(render(example.lit, light))) < 0.01

@@ -1,6 +1,5 @@
 """Python that draws with Diffusers: each snippet draws the grid's first trained image."""
 
-from importlib.resources import files
 from pathlib import Path
 
 from sdtrain.card.recorded import Model
@@ -35,7 +34,7 @@ def controlnet_snippet(model: Model, sample: SampleParams, seed: int) -> str:
 
 
 def relighting_snippet(model: Model, sample: SampleParams, seed: int) -> str:
-    """With the class in `pipeline_file`."""
+    """With the class in the folder's own file."""
     size, sees = model.config.params.precompute.resolution, model.sees
     load = f"pipeline = IcLightPipeline.from_pretrained({model.files.folder.as_posix()!r}, dtype=torch.float32)"
     lines = [
@@ -55,11 +54,6 @@ def relighting_snippet(model: Model, sample: SampleParams, seed: int) -> str:
         lines.append("light = np.load('light.npy')")
     given = {"foreground": "[foreground]", "background": "[background]", "light": "light[None]"}
     return "\n".join([*lines, *_call(sample, seed, *(f"{name}={given[name]}," for name in sees))])
-
-
-def pipeline_file() -> str:
-    """The text of IC-Light's pipeline, which isn't among Diffusers'; read, as to import it takes torch."""
-    return (files("sdtrain") / "models" / "ic_light.py").read_text(encoding="utf-8").rstrip()
 
 
 def _base(model: Model) -> str:

@@ -13,14 +13,9 @@ from pathlib import Path
 
 from sdtrain.card.images import in_words
 from sdtrain.card.recorded import Model
-from sdtrain.card.snippets import (
-    controlnet_snippet,
-    lora_snippet,
-    pipeline_file,
-    pipeline_snippet,
-    relighting_snippet,
-)
-from sdtrain.ground.layout import ADAPTER_FILE, CONTROLNET_FILE, MERGED
+from sdtrain.card.snippets import controlnet_snippet, lora_snippet, pipeline_snippet, relighting_snippet
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.layout import ADAPTER_FILE, CONTROLNET_FILE, MERGED, PIPELINE_FILE
 from sdtrain.ground.markdown import code_block, code_span, one_line
 from sdtrain.params.schema import SampleParams
 
@@ -99,13 +94,21 @@ def _relighting(model: Model, sample: SampleParams, seed: int) -> list[str]:
     words = " The prompt's first words tell the light." if model.ic_light.light == "words" else ""
     return [
         f"With Diffusers, the whole model ({model.files.pipeline:.1f} MiB). Its pipeline isn't one of Diffusers' own, "
-        "but in the file `ic_light.py` below. The model needs:",
+        f"but in the folder's own file {code_span(PIPELINE_FILE)}, whose text stands below. The model needs:",
         "\n".join(f"- {line}" for line in needed),
         f"Images are cropped to squares around their centers.{words}",
         code_block("python", relighting_snippet(model, sample, seed)),
-        "Save this as `ic_light.py` (a file of sdtrain, under the Apache License 2.0):",
-        code_block("python", pipeline_file()),
+        f"{code_span(PIPELINE_FILE)}, a file of sdtrain under the Apache License 2.0, to be put where Python finds it:",
+        code_block("python", _pipeline_code(model)),
     ]
+
+
+def _pipeline_code(model: Model) -> str:
+    path = model.files.folder / PIPELINE_FILE
+    try:
+        return path.read_text(encoding="utf-8").rstrip()
+    except OSError as error:
+        raise InputError(f"{path}: can't be read: {error.strerror}; run `dvc repro export`") from None
 
 
 def _offset_notes(model: Model) -> list[str]:

@@ -160,12 +160,18 @@ def mask(lit: LitScene) -> Image.Image:
     return Image.fromarray(_eight_bit(coverage(lit.scene, lit.placement)))
 
 
-def foreground(lit: LitScene, light: np.ndarray, stripes: Stripes | None) -> Image.Image:
-    """The object on grey, RGB [64, 64]: 127 + (x - 127)·M, with x the picture under that light and those shadows."""
+def cutout(lit: LitScene, light: np.ndarray, stripes: Stripes | None) -> Image.Image:
+    """The picture under that light and those shadows, RGBA [64, 64], transparent where the object isn't."""
     shade = 1.0 if stripes is None else stripes.shade()[:, :, None]
-    pixels = 255 * to_srgb(render_linear(lit, light) * shade)
-    covered = coverage(lit.scene, lit.placement)[:, :, None]
-    return Image.fromarray(np.round(_GREY + (pixels - _GREY) * covered).astype(np.uint8))
+    image = _picture(render_linear(lit, light) * shade)
+    image.putalpha(mask(lit))
+    return image
+
+
+def foreground(lit: LitScene, light: np.ndarray, stripes: Stripes | None) -> Image.Image:
+    """The cutout on grey, RGB [64, 64]: 127 + (x - 127)·M."""
+    *pixels, alpha = np.moveaxis(np.asarray(cutout(lit, light, stripes), dtype=np.float64), 2, 0)
+    return Image.fromarray(np.round(_GREY + (np.stack(pixels, 2) - _GREY) * alpha[:, :, None] / 255).astype(np.uint8))
 
 
 def caption(lit: LitScene, light_name: str | None) -> str:
@@ -244,7 +250,7 @@ def _npy_bytes(values: np.ndarray) -> bytes:
 
 
 COLUMNS: dict[str, Callable[[LitExample], bytes]] = {
-    "foreground": lambda e: png_bytes(foreground(e.lit, light_map(e.foreground_light_name), e.stripes)),
+    "foreground": lambda e: png_bytes(cutout(e.lit, light_map(e.foreground_light_name), e.stripes)),
     "mask": lambda e: png_bytes(mask(e.lit)),
     "background": lambda e: png_bytes(wall(e.lit, e.light)),
     "light": lambda e: _npy_bytes(e.light),

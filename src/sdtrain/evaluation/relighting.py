@@ -63,9 +63,7 @@ def lit_questions(seed: int, num: int) -> list[Question]:
     return [Question(example, example.light_name, seed + number) for number, example in enumerate(examples)]
 
 
-def relight(
-    pipeline: DiffusionPipeline, questions: list[Question], by_map: bool, **settings: Any
-) -> list[Image.Image]:
+def relight(pipeline: DiffusionPipeline, questions: list[Question], by_map: bool, **settings: Any) -> list[Image.Image]:
     """What a pipeline draws, RGB [64, 64]; it gets those of the conditions that it sees.
 
     Args:

@@ -4,6 +4,8 @@ The consistency loss asks that light adds up: with the light L split at random i
 under L1 and under L2 must combine to what it predicts under L.
 """
 
+import inspect
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
@@ -28,7 +30,7 @@ from sdtrain.ground.diffusion import (
     to_latents,
 )
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.layout import LIGHT_ENCODER, UNET_OFFSET
+from sdtrain.ground.layout import LIGHT_ENCODER, PIPELINE_FILE, UNET_OFFSET
 from sdtrain.methods.exports import DTYPES, Exported, in_half
 from sdtrain.methods.method import denoising_error, denoising_loss, encode_text, in_fp32
 from sdtrain.models.ic_light import IcLightPipeline, LightEncoder, add_light_tokens, widen_conv_in
@@ -146,7 +148,7 @@ class IcLight:
         return build_ic_light_pipeline(self._parts, scheduler)
 
     def export(self, folder: Path, scheduler: DDPMScheduler, params: ExportParams, base: Path) -> Iterator[Exported]:
-        """The folder of an IcLightPipeline, and the UNet's offset from the base in both programs' keys.
+        """The folder of an IcLightPipeline with its code, and the UNet's offset from the base in both programs' keys.
 
         The exported UNet is the base plus the offset, so that programs that add it have the same weights to the bit.
         """
@@ -158,6 +160,7 @@ class IcLight:
         pipeline = build_ic_light_pipeline(replace(self._parts, unet=unet), scheduler)
         pipeline = in_half(pipeline) if params.dtype == "fp16" else pipeline
         pipeline.save_pretrained(folder, safe_serialization=True)
+        shutil.copyfile(inspect.getfile(IcLightPipeline), folder / PIPELINE_FILE)
         yield Exported(folder, "", partial(load_relit, folder, base), _MERGING_ERROR, pipeline)
         kind = f"ic-light-{self._params.variant}"
         for file, save in (
@@ -204,7 +207,7 @@ class IcLight:
             all_timesteps,
             text,
             self._seen(batch).repeat(3, 1, 1, 1),
-            torch.cat([light, light_1, light - light_1]),
+            torch.cat([light, light_1, (light - light_1).clamp(min=0)]),  # files of maps round
             then=errors,
         )
         denoising = denoising_error(model_pred[: len(timesteps)], batch, objective)

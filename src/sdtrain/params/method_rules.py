@@ -111,6 +111,11 @@ def _lit_world_fits(p: View) -> str | None:
             f"{'maps' if p.method.light == 'map' else 'captions'}; use "
             f"{'lit_by_map' if p.method.light == 'map' else 'lit'}"
         )
+    if is_lit and p.sample.images_per_prompt != 1:
+        return (
+            f"sample.images_per_prompt = {p.sample.images_per_prompt}: the grid of lit scenes has one image under each "
+            "light; set it to 1"
+        )
     if is_lit and p.dataset.new_fraction:
         return f"dataset.new_fraction = {p.dataset.new_fraction}: lit scenes show known concepts only; set it to 0.0"
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from huggingface_hub import constants
 
+from sdtrain.data.conditions import CONDITIONS, MAP_PX
 from sdtrain.data.shards import NUM_PROBES
 from sdtrain.methods import METHODS
 from sdtrain.models.parts import Configs, vae_factor
@@ -64,14 +65,13 @@ def latents_item(params: Params, base: Base, images: Images, latent_shape: tuple
     """data/latents, in the format of `shards.py`: float16 mean and log-variance, int64 token ids, float32 probe."""
     num_views, num_values = 2 if params.precompute.random_flip else 1, math.prod(latent_shape)
     num_tokens = base.configs.text_encoder["max_position_embeddings"]
-    row_bytes = num_views * 2 * 2 * num_values + 8 * num_tokens + _ID_BYTES
-    hints = _num_channels(params) * params.precompute.resolution**2
-    row_bytes += hints
+    conditions = {name: _condition_bytes(params, name, latent_shape) for name in _conditions(params)}
+    row_bytes = num_views * 2 * 2 * num_values + 8 * num_tokens + _ID_BYTES + sum(conditions.values())
     shape = " x ".join(map(str, latent_shape))
     parts = [
         shape,
         *(["plain and flipped"] if num_views == 2 else []),
-        *([f"a hint of {hints / 2**10:.1f} KiB"] if hints else []),
+        *(f"a {name} of {num_bytes / 2**10:.1f} KiB" for name, num_bytes in conditions.items()),
     ]
     row = f"{row_bytes / 2**10:.1f} KiB per image: {', '.join(parts)}"
     if images.num_all is None:
@@ -80,11 +80,21 @@ def latents_item(params: Params, base: Base, images: Images, latent_shape: tuple
     return Item("latents", images.num_all * row_bytes + probe_bytes, row, is_there=is_made)
 
 
-def _num_channels(params: Params) -> int:
-    """Of the hints, bytes per pixel: edges and outlines are grey, others may have colours."""
-    if params.precompute.derived_conditions or params.dataset.source == "generated":
-        return len(params.precompute.derived_conditions) + len(params.dataset.condition_columns)
-    return 3 * len(params.dataset.condition_columns)
+def _conditions(params: Params) -> list[str]:
+    return sorted({*params.precompute.derived_conditions, *params.dataset.condition_columns})
+
+
+def _condition_bytes(params: Params, name: str, latent_shape: tuple[int, int, int]) -> int:
+    """What an image's condition takes in the cache, at most."""
+    kind, size = CONDITIONS[name].kind, latent_shape[-1] ** 2
+    if kind == "pixels":  # edges and outlines are grey, others may have colours
+        is_grey = name in params.precompute.derived_conditions or params.dataset.source == "generated"
+        return (1 if is_grey else 3) * params.precompute.resolution**2
+    if kind == "latents":
+        return 2 * latent_shape[0] * size * (2 if params.precompute.random_flip else 1)
+    if kind == "mask":
+        return 2 * size
+    return 3 * 4 * math.prod(getattr(params.method, "light_size", None) or (MAP_PX, MAP_PX))
 
 
 def _grid_bytes(params: Params, configs: Configs, latent_size: int) -> int:
@@ -93,8 +103,10 @@ def _grid_bytes(params: Params, configs: Configs, latent_size: int) -> int:
     drawn = vae_factor(configs.vae["block_out_channels"]) * (own if isinstance(own, int) else latent_size)
     side = drawn * math.ceil(_MIN_CELL_PX / drawn)
     num_rows = params.sample.num_held_out or len(params.sample.prompts)
-    num_conditions = len(params.precompute.derived_conditions) + len(params.dataset.condition_columns)
-    return num_rows * (2 * params.sample.images_per_prompt + num_conditions) * 3 * side**2
+    num_columns = 2 * params.sample.images_per_prompt + len(_conditions(params))
+    if params.dataset.world in ("lit", "lit_by_map"):
+        num_columns = 2 + 2 * 4  # foreground, base, and under four lights truth and trained
+    return num_rows * num_columns * 3 * side**2
 
 
 def _hub_items(params: Params, base: Base, images: Images, made: Made) -> list[Item]:
