@@ -975,7 +975,7 @@ def test_the_snippet_draws_with_the_file_in_the_card(project, root, monkeypatch,
     torch.nn.init.normal_(parts.unet.conv_in.weight[:, 4:].data, std=0.1)
     pipeline = build_ic_light_pipeline(parts, parts.scheduler)
     pipeline.save_pretrained(project.model)
-    shutil.copyfile(root / "src" / "sdtrain" / "models" / PIPELINE_FILE, project.model / PIPELINE_FILE)
+    shutil.copyfile(root / "src" / "sdtrain" / "models" / "ic_light.py", project.model / "ic_light.py")
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)

@@ -11,9 +11,10 @@ from sdtrain.ground.errors import InputError
 from sdtrain.ground.schedules import scaled_lr
 from sdtrain.params.load import check_params, load_params
 from sdtrain.params.rules import RULES
-from sdtrain.params.schema import DatasetParams, FinetuneParams, Params, Section
+from sdtrain.params.schema import ConditionName, DatasetParams, FinetuneParams, Params, Section
 from sdtrain.params.view import NEUTRAL, View
 from sdtrain.training.optimizer import peak_lr
+from tests.conftest import BY_MAP, lit
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "params.yaml"
@@ -26,6 +27,16 @@ CONTROLNET = {
     "sample__num_held_out": 8,
 }
 LORA = load_params(ROOT / "recipes" / "lora.yaml").method.model_dump()
+CONSISTENT = {**BY_MAP, "consistency_weight": 0.1, "phi": "mlp", "consistency_latents": "shared"}
+ALL_RELIT = "foreground light mask light_1 relit_1 relit_2"
+
+
+def relit(conditions: str = "foreground", **method: object) -> dict:
+    """Changes that make it IC-Light's in a lit world, with these conditions and these settings of the method."""
+    sections = lit(conditions, **method)
+    given = {f"dataset__{key}": value for key, value in sections["dataset"].items()}
+    given |= {f"sample__{key}": value for key, value in sections["sample"].items()}
+    return {**given, "method": sections["method"], "validation__prompts": []}
 
 
 def changed(**changes) -> dict:
@@ -246,8 +257,8 @@ RULE_CASES = [
     ),
     (
         {**CONTROLNET, "dataset__condition_columns": {}},
-        "method.name = 'controlnet': needs a hint for each image; set dataset.condition_columns to {hint: outline}, or "
-        "precompute.derived_conditions to {hint: canny}",
+        "method.name = 'controlnet': needs a hint for each image; add it to dataset.condition_columns, {hint: outline}"
+        ", or to precompute.derived_conditions, {hint: canny}",
     ),
     (
         {**CONTROLNET, "precompute__derived_conditions": {"hint": "canny"}},
@@ -338,6 +349,170 @@ RULE_CASES = [
     (
         {**CONTROLNET, "export__name": "my-Shuffle"},
         "export.name = 'my-Shuffle': by 'shuffle' in its name ComfyUI and A1111 take a ControlNet for one of another",
+    ),
+    (
+        {"base__unet_offset": "iclight_sd15_fc.safetensors"},
+        "base.unet_offset = 'iclight_sd15_fc.safetensors': has no effect with method.name = 'finetune'; set it to "
+        "data/offset, or method.name to ic_light",
+    ),
+    (
+        relit("foreground light", **{**BY_MAP, "light_size": None}),
+        "method.light_size = None: method.light = 'map' needs it",
+    ),
+    (
+        relit("foreground light", **{**BY_MAP, "num_light_tokens": None}),
+        "method.num_light_tokens = None: method.light = 'map' needs it",
+    ),
+    (
+        relit(light_size=[1, 5]),
+        "method.light_size = [1, 5]: has no effect with method.light = 'words'; set it to null",
+    ),
+    (relit(num_light_tokens=3), "method.num_light_tokens = 3: has no effect with method.light = 'words'; set it to n"),
+    (
+        relit("foreground mask", consistency_weight=0.1, phi="mlp", consistency_latents="shared"),
+        "method.consistency_weight = 0.1: splits the light map at random, and method.light = 'words' has none; set it "
+        "to 0, or method.light to map",
+    ),
+    (
+        relit("foreground light mask", **{**CONSISTENT, "phi": None}),
+        "method.phi = None: method.consistency_weight = 0.1 needs it",
+    ),
+    (
+        relit("foreground light mask", **{**CONSISTENT, "consistency_latents": None}),
+        "method.consistency_latents = None: method.consistency_weight = 0.1 needs it",
+    ),
+    (relit(phi="mlp"), "method.phi = 'mlp': has no effect with method.consistency_weight = 0; set it to null"),
+    (
+        relit("foreground light", **BY_MAP, consistency_latents="shared"),
+        "method.consistency_latents = 'shared': has no effect with method.consistency_weight = 0; set it to null",
+    ),
+    *(
+        (
+            relit(ALL_RELIT, **{**CONSISTENT, "phi": phi, "consistency_latents": "own"}),
+            f"method.phi = '{phi}': with method.consistency_latents = 'own' the three predictions have the same target"
+            ", so there is no closed form and nothing to add; use mlp, or shared",
+        )
+        for phi in ("fixed", "pixel")
+    ),
+    *(
+        (
+            {**relit(), "dataset__world": world},
+            f"dataset.world = '{world}': method.name = 'ic_light' needs 'lit' or 'lit_by_map', and only that method d",
+        )
+        for world in ("shapes", "free_shapes")
+    ),
+    ({"dataset__world": "lit"}, "dataset.world = 'lit': method.name = 'ic_light' needs 'lit' or 'lit_by_map', and on"),
+    (
+        {**CONTROLNET, "dataset__world": "lit_by_map"},
+        "dataset.world = 'lit_by_map': method.name = 'ic_light' needs 'lit' or 'lit_by_map', and only that method does",
+    ),
+    (
+        {**relit(), "dataset__world": "lit_by_map"},
+        "dataset.world = 'lit_by_map': with method.light = 'words' the light is told by captions; use lit",
+    ),
+    (
+        {**relit("foreground light", **BY_MAP), "dataset__world": "lit"},
+        "dataset.world = 'lit': with method.light = 'map' the light is told by maps; use lit_by_map",
+    ),
+    (
+        {**relit(), "sample__images_per_prompt": 2},
+        "sample.images_per_prompt = 2: the grid of lit scenes has one image under each light; set it to 1",
+    ),
+    (
+        {**relit(), "dataset__new_fraction": 0.5},
+        "dataset.new_fraction = 0.5: lit scenes show known concepts only; set it to 0.0",
+    ),
+    (
+        relit(""),
+        "method.name = 'ic_light': needs a foreground for each image; add it to dataset.condition_columns, "
+        "{foreground: foreground}, or to precompute.derived_conditions, {foreground: degraded}",
+    ),
+    (
+        relit(variant="fbc"),
+        "method.name = 'ic_light': needs a background for each image; add it to dataset.condition_columns, "
+        "{background: background}",
+    ),
+    (
+        relit(**BY_MAP),
+        "method.name = 'ic_light': needs a light for each image; add it to dataset.condition_columns, {light: light}",
+    ),
+    (
+        relit("foreground light", **CONSISTENT),
+        "method.name = 'ic_light': needs a mask for each image; add it to dataset.condition_columns, {mask: mask}, or "
+        "to precompute.derived_conditions, {mask: alpha}",
+    ),
+    *(
+        (
+            relit(ALL_RELIT.replace(f" {name}", ""), **{**CONSISTENT, "consistency_latents": "own"}),
+            f"method.name = 'ic_light': needs a {name} for each image; add it to dataset.condition_columns, {{{name}: ",
+        )
+        for name in ("light_1", "relit_1", "relit_2")
+    ),
+    (
+        {**relit(""), "dataset__source": "parquet", "dataset__world": "shapes", "dataset__new_fraction": 0.8},
+        "method.name = 'ic_light': needs a foreground for each image; add it to dataset.condition_columns, "
+        "{foreground: COLUMN}, or to precompute.derived_conditions, {foreground: degraded}",
+    ),
+    *(
+        (
+            relit(f"foreground {name}"),
+            f"dataset.condition_columns.{name} = '{name}': method.name = 'ic_light' sees no {name}; leave it out",
+        )
+        for name in ("background", "light", "light_1", "relit_1", "relit_2")
+    ),
+    (
+        {**relit(), "precompute__derived_conditions": {"hint": "canny"}},
+        "precompute.derived_conditions.hint = 'canny': method.name = 'ic_light' sees no hint; leave it out",
+    ),
+    (
+        {**relit("foreground mask"), "precompute__derived_conditions": {"mask": "alpha"}},
+        "dataset.condition_columns.mask = 'mask', precompute.derived_conditions.mask = 'alpha': give one of them",
+    ),
+    (
+        {
+            **CONTROLNET,
+            "dataset__condition_columns": {},
+            "precompute__derived_conditions": {"hint": "degraded"},
+        },
+        "precompute.derived_conditions.hint = 'degraded': a hint is computed by 'canny'",
+    ),
+    (
+        {**relit(), "precompute__derived_conditions": {"mask": "canny"}},
+        "precompute.derived_conditions.mask = 'canny': a mask is computed by 'alpha'",
+    ),
+    (
+        {**relit("mask"), "precompute__derived_conditions": {"foreground": "alpha"}},
+        "precompute.derived_conditions.foreground = 'alpha': a foreground is computed by 'degraded'",
+    ),
+    (
+        {**relit(""), "precompute__derived_conditions": {"foreground": "degraded"}},
+        "precompute.derived_conditions.foreground = 'degraded': is made of each image's mask; add it to "
+        "dataset.condition_columns, {mask: COLUMN}",
+    ),
+    (
+        {**relit(""), "precompute__derived_conditions": {"mask": "alpha", "foreground": "degraded"}},
+        "precompute.derived_conditions = {'mask': 'alpha', 'foreground': 'degraded'}: foreground and mask are each made "
+        "of the other; add the mask to dataset.condition_columns, {mask: COLUMN}, and leave it out here",
+    ),
+    (
+        {**relit("foreground light", **BY_MAP), "method__light_size": [32, 32]},
+        "method.light_size = [32, 32]: the maps of dataset.world = 'lit_by_map' are [1, 5]",
+    ),
+    (
+        {
+            **relit("foreground light", **BY_MAP),
+            **{"dataset__source": "imagefolder", "dataset__world": "shapes", "dataset__new_fraction": 0.8},
+            "method__light_size": [64, 128],
+        },
+        "method.light_size = [64, 128]: larger maps are reduced to [32, 32]; set it to that",
+    ),
+    (
+        {**relit(), "sample__num_held_out": None},
+        "sample.num_held_out = None: with method.name = 'ic_light' the grid shows held-out captions and conditions; gi",
+    ),
+    (
+        {**relit(), "export__single_file": True},
+        "export.single_file = True: programs take a single file for a plain Stable Diffusion; IC-Light's own files, wh",
     ),
     ({"train__trackers": ["wandb", "wandb"]}, "train.trackers = ['wandb', 'wandb']: lists a value twice"),
     ({"base__vae_revision": "main"}, "base.vae_revision = 'main': has no effect without base.vae_repo"),
@@ -502,6 +677,26 @@ def test_every_rule_has_a_case():
         {"train__timestep_sampling": "stratified", "train__batch_size": 2, "train__micro_batch_size": 1},
         {"train__timestep_sampling": "uniform", "train__batch_size": 1, "train__micro_batch_size": 1},
         {"train__use_ema": False, "export__weights": "raw", "train__ema_decay": None},
+        relit(),
+        {**relit("foreground mask"), "base__unet_offset": "iclight_sd15_fc.safetensors"},
+        {**relit(), "precompute__derived_conditions": {"mask": "alpha"}},
+        relit("foreground background", variant="fbc"),
+        relit("foreground light", **BY_MAP),
+        *(relit("foreground light mask", **{**CONSISTENT, "phi": phi}) for phi in ("fixed", "mlp", "pixel")),
+        {
+            **relit("foreground light", **CONSISTENT),
+            "precompute__derived_conditions": {"mask": "alpha"},
+        },
+        relit(ALL_RELIT, **{**CONSISTENT, "consistency_latents": "own"}),
+        {
+            **relit("mask"),
+            "dataset__source": "imagefolder",
+            "dataset__world": "shapes",
+            "dataset__new_fraction": 0.8,
+            "dataset__condition_columns": {"mask": "masks/*.png"},
+            "precompute__derived_conditions": {"foreground": "degraded"},
+            "sample__images_per_prompt": 2,
+        },
         {"train__early_stopping_patience": 2},
         {
             "train__early_stopping_patience": 99,
@@ -522,6 +717,8 @@ def test_the_shipped_params_hold_the_neutral_values():
 
 
 SOURCES = get_args(DatasetParams.model_fields["source"].annotation)
+LIT = {"dataset.world", "dataset.num_scenes", "dataset.new_fraction", "evaluate.guidance_scale"}
+FROM_LIT = {"hub": {"dataset.repo", *LIT}, "imagefolder": LIT, "webdataset": LIT, "parquet": LIT}
 MUST_FOLLOW = {
     "params.yaml": {"hub": {"dataset.repo"}},
     "lora.yaml": {"hub": {"dataset.repo"}},
@@ -534,6 +731,17 @@ MUST_FOLLOW = {
             source: {"dataset.world", "dataset.num_scenes", "dataset.new_fraction"}
             for source in ("imagefolder", "webdataset", "parquet")
         },
+    },
+    "relight.yaml": FROM_LIT,
+    "relight-by-map.yaml": FROM_LIT,
+    "sd15-ic-light.yaml": {
+        "generated": {
+            *("dataset.world", "dataset.new_fraction", "dataset.condition_columns.mask"),
+            "sample.images_per_prompt",
+        },
+        "hub": {"dataset.repo", "dataset.condition_columns.mask"},
+        "webdataset": {"dataset.condition_columns.mask"},
+        "parquet": {"dataset.condition_columns.mask"},
     },
     "scratch.yaml": {
         "hub": {"dataset.repo", "dataset.num_scenes"},
@@ -689,4 +897,19 @@ def test_each_method_of_the_union_is_accepted():
 
 def test_a_condition_that_does_not_exist_is_named():
     text = message(changed(**{**CONTROLNET, "dataset__condition_columns": {"hnit": "outline"}}))
-    assert "\n  dataset.condition_columns.hnit = 'hnit': must be one of 'hint'; nearest is 'hint'" in text
+    names = ", ".join(map(repr, get_args(ConditionName)))
+    assert f"\n  dataset.condition_columns.hnit = 'hnit': must be one of {names}; nearest is 'hint'" in text
+
+
+@pytest.mark.parametrize(
+    ("derived", "says"),
+    [
+        ({"light": "canny"}, "light = 'light': must be one of 'hint', 'foreground', 'mask'; nearest is 'hint'"),
+        ({"hint": "cany"}, "hint = 'cany': must be one of 'canny', 'degraded', 'alpha'; nearest is 'canny'"),
+    ],
+)
+def test_a_faulty_derived_condition_is_one_fault(derived, says):
+    head, fault = message(
+        changed(**{**CONTROLNET, "dataset__condition_columns": {}, "precompute__derived_conditions": derived})
+    ).split("\n")
+    assert (head, fault) == ("params.yaml has 1 fault:", f"  precompute.derived_conditions.{says}")

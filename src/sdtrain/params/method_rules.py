@@ -1,6 +1,7 @@
 """Checks of what a method needs: its start, its conditions, the images drawn under them, and how it is exported."""
 
 from sdtrain.ground.layout import ADAPTER_FILE, CONTROLNET_FILE
+from sdtrain.params.relighting_rules import RELIGHTING_RULES
 from sdtrain.params.view import Rule, View, has_effect
 
 _CONTROLNET_WORDS = ("shuffle", "instant_id", "instantid")
@@ -59,65 +60,6 @@ def _start_is_there(p: View) -> str | None:
             "method.start = 'base': with base.source = 'hub' the ControlNet to start from comes from "
             "base.controlnet_repo, which is null; name one there, or set method.start to unet"
         )
-
-
-def _not_ic_light(p: View) -> tuple[str, str] | None:
-    if p.method.name != "ic_light":
-        return f"method.name = {p.method.name!r}", "method.name to ic_light"
-
-
-def _light_settings_fit(p: View) -> str | None:
-    """Those of maps with maps, and those of the consistency loss with a weight."""
-    if p.method.name != "ic_light":
-        return None
-    light, weight = p.method.light, p.method.consistency_weight
-    phi, latents = p.method.phi, p.method.consistency_latents
-    for field in ("light_size", "num_light_tokens"):
-        value = getattr(p.method, field)
-        if light == "map" and value is None:
-            return f"method.{field} = None: method.light = 'map' needs it"
-        if light == "words" and value is not None:
-            return f"method.{field} = {value}: has no effect with method.light = 'words'; set it to null"
-    if weight and light == "words":
-        return (
-            f"method.consistency_weight = {weight}: splits the light map at random, and method.light = 'words' has "
-            "none; set it to 0, or method.light to map"
-        )
-    for field, value in (("phi", phi), ("consistency_latents", latents)):
-        if weight and value is None:
-            return f"method.{field} = None: method.consistency_weight = {weight} needs it"
-        if not weight and value is not None:
-            return f"method.{field} = {value!r}: has no effect with method.consistency_weight = 0; set it to null"
-    if latents == "own" and phi != "mlp":
-        return (
-            f"method.phi = {phi!r}: with method.consistency_latents = 'own' the three predictions have the same "
-            "target, so there is no closed form and nothing to add; use mlp, or shared"
-        )
-
-
-def _lit_world_fits(p: View) -> str | None:
-    """The lit worlds are for relighting, and relighting of generated scenes is for them."""
-    if p.dataset.source != "generated":
-        return None
-    world, is_lit = p.dataset.world, p.dataset.world in ("lit", "lit_by_map")
-    if is_lit != (p.method.name == "ic_light"):
-        return (
-            f"dataset.world = {world!r}: method.name = 'ic_light' needs 'lit' or 'lit_by_map', and only that method "
-            "does"
-        )
-    if is_lit and (p.method.light == "map") != (world == "lit_by_map"):
-        return (
-            f"dataset.world = {world!r}: with method.light = {p.method.light!r} the light is told by "
-            f"{'maps' if p.method.light == 'map' else 'captions'}; use "
-            f"{'lit_by_map' if p.method.light == 'map' else 'lit'}"
-        )
-    if is_lit and p.sample.images_per_prompt != 1:
-        return (
-            f"sample.images_per_prompt = {p.sample.images_per_prompt}: the grid of lit scenes has one image under each "
-            "light; set it to 1"
-        )
-    if is_lit and p.dataset.new_fraction:
-        return f"dataset.new_fraction = {p.dataset.new_fraction}: lit scenes show known concepts only; set it to 0.0"
 
 
 def _not_lora(p: View) -> tuple[str, str] | None:
@@ -183,7 +125,7 @@ def _method_has_its_conditions(p: View) -> str | None:
             return f"{key}.{unused[0]} = {given[unused[0]]!r}: method.name = {name!r} sees no {unused[0]}; leave it out"
     if missing := sorted(needed - columns.keys() - derived.keys()):
         column = _EXAMPLES.get(missing[0], missing[0]) if p.dataset.source == "generated" else "COLUMN"
-        way = f", or to precompute.derived_conditions, {{{missing[0]}: {_DERIVED[missing[0]]}}}"
+        way = f", or to precompute.derived_conditions, {{{missing[0]}: {_DERIVED.get(missing[0])}}}"
         return (
             f"method.name = {name!r}: needs a {missing[0]} for each image; add it to dataset.condition_columns, "
             f"{{{missing[0]}: {column}}}{way if missing[0] in _DERIVED else ''}"
@@ -192,6 +134,11 @@ def _method_has_its_conditions(p: View) -> str | None:
 
 def _derived_conditions_are_sound(p: View) -> str | None:
     columns, made_of = p.dataset.condition_columns, {"foreground": "mask", "mask": "foreground"}
+    if made_of.keys() <= p.precompute.derived_conditions.keys():
+        return (
+            f"precompute.derived_conditions = {p.precompute.derived_conditions}: foreground and mask are each made of "
+            "the other; add the mask to dataset.condition_columns, {mask: COLUMN}, and leave it out here"
+        )
     for name, way in p.precompute.derived_conditions.items():
         key = f"precompute.derived_conditions.{name} = {way!r}"
         if way != _DERIVED[name]:
@@ -243,9 +190,8 @@ def _prompts_in_words(section: str) -> Rule:
 
 METHOD_RULES: tuple[Rule, ...] = (
     has_effect("base.controlnet_repo", _starts_from_unet), _new_unet_trains, _start_is_there,
-    has_effect("base.unet_offset", _not_ic_light), _light_settings_fit, _lit_world_fits,
     _method_has_its_conditions, _derived_conditions_are_sound, _condition_columns_are_sound,
     _grid_has_rows, _prompts_in_words("sample"), _prompts_in_words("validation"),
     has_effect("sample.num_held_out", sees_no_conditions), has_effect("validation.num_held_out", sees_no_conditions),
-    has_effect("export.merged", _not_lora), _dora_is_merged, _single_file_is_full, _name_is_free,
+    has_effect("export.merged", _not_lora), _dora_is_merged, _single_file_is_full, _name_is_free, *RELIGHTING_RULES,
 )  # fmt: skip

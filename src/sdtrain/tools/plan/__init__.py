@@ -14,7 +14,8 @@ import torch
 
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import existing
-from sdtrain.models.parts import pick_device
+from sdtrain.methods import build_method
+from sdtrain.models.parts import meta_parts, pick_device
 from sdtrain.params.machine import count_micro_batches, count_processes
 from sdtrain.params.schema import Params
 from sdtrain.tools.plan.base import PARTS, Base, find_base, latent_shape
@@ -63,7 +64,7 @@ def plan_run(params: Params, files: TrainFiles, dataset: Path, num_timed_steps: 
         *disk_lines(
             disk_items(params, base, images, costs, shape, made), shutil.disk_usage(existing(files.states)).free
         ),
-        ("validations", _validations(params, images, num_steps)),
+        ("validations", _validations(params, images, num_steps, _conditions(params, base, shape[-1]))),
         ("resume", _saved_state(params, files, made)),
         ("time", _time(params, files, num_timed_steps, num_steps)),
     ]
@@ -106,18 +107,20 @@ def _steps_lines(params: Params, images: Images, num_steps: int | None) -> Lines
     return [("images", counted), ("steps", steps)]
 
 
-def _validations(params: Params, images: Images, num_steps: int | None) -> str:
+def _validations(params: Params, images: Images, num_steps: int | None, conditions: tuple[str, ...]) -> str:
     every, most = params.validation.every_n_steps, params.validation.max_samples
     times = f"one every {every:,} steps" if num_steps is None else f"{math.ceil(num_steps / every) + 1:,}"
     at_most, num_held_out = ("up to ", most) if images.num_held_out is None else ("", images.num_held_out)
     num_latents = min(most, num_held_out) * params.validation.num_timesteps
     kinds = "raw and EMA" if params.train.use_ema else "raw"
-    swapped = " and ".join(f"another image's {name}" for name in ["caption", *_conditions(params)])
+    swapped = " and ".join(f"another image's {name}" for name in ["caption", *conditions])
     return f"{times}, of {at_most}{num_latents:,} noised latents each, {kinds} weights, and again with {swapped}"
 
 
-def _conditions(params: Params) -> list[str]:
-    return sorted({*params.dataset.condition_columns, *params.precompute.derived_conditions})
+def _conditions(params: Params, base: Base, latent_size: int) -> tuple[str, ...]:
+    """Those whose use the run will measure."""
+    with torch.device("meta"):
+        return build_method(params.method, meta_parts(base.configs, latent_size)).conditions
 
 
 def _training_lines(params: Params, costs: Costs, num_processes: int, num_micro_batches: int) -> Lines:
