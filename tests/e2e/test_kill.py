@@ -26,7 +26,7 @@ import psutil
 import pytest
 
 from sdtrain.params.load import load_params
-from tests.conftest import HINTED, ROOT, merged
+from tests.conftest import CONSISTENT, HINTED, ROOT, merged
 from tests.e2e.project import Project
 
 MAX_STEPS, SAVE_EVERY, VALIDATE_EVERY = 16, 2, 4
@@ -216,6 +216,12 @@ def whole_controlnet(tmp_path_factory) -> Whole:
     return run_whole(tmp_path_factory.mktemp("kill_controlnet") / "project", **changes)
 
 
+@pytest.fixture(scope="module")
+def whole_ic_light(tmp_path_factory) -> Whole:
+    changes = merged(CONSISTENT, {"validation": {"prompts": [], "num_held_out": 1}})
+    return run_whole(tmp_path_factory.mktemp("kill_ic_light") / "project", **changes)
+
+
 def run_whole(folder: Path, **changes: dict) -> Whole:
     """Train to the end, unstopped.
 
@@ -358,9 +364,9 @@ def test_kills_at_any_moment_change_nothing(whole):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["whole_lora", "whole_controlnet"])
+@pytest.mark.parametrize("name", ["whole_lora", "whole_controlnet", "whole_ic_light"])
 def test_ten_kills_of_another_method_change_nothing(request, name):
-    """Of a LoRA with dropout, whose masks must be the same, too; and of a ControlNet."""
+    """Of a LoRA with dropout, whose masks must be the same, too; of a ControlNet; of IC-Light."""
     whole, landed, rng = request.getfixturevalue(name), [], random.Random(3)
     ways: list = [(SIGKILL, "group"), (SIGTERM, "group"), (SIGKILL, "trainer"), (SIGINT, "group")]
     for _ in range(5):  # a kill may come too late

@@ -491,8 +491,8 @@ RULE_CASES = [
     ),
     (
         {**relit(""), "precompute__derived_conditions": {"mask": "alpha", "foreground": "degraded"}},
-        "precompute.derived_conditions = {'mask': 'alpha', 'foreground': 'degraded'}: foreground and mask are each made "
-        "of the other; add the mask to dataset.condition_columns, {mask: COLUMN}, and leave it out here",
+        "precompute.derived_conditions = {'mask': 'alpha', 'foreground': 'degraded'}: foreground and mask are each "
+        "made of the other; add the mask to dataset.condition_columns, {mask: COLUMN}, and leave it out here",
     ),
     (
         {**relit("foreground light", **BY_MAP), "method__light_size": [32, 32]},

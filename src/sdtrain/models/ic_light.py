@@ -62,15 +62,17 @@ class LightEncoder(ModelMixin, ConfigMixin):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.layers = nn.Sequential(
-            nn.Linear(height * width * 3, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), last
+            nn.Linear(2 * height * width * 3, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), last
         )
 
     def forward(self, light: Tensor) -> Tensor:
         expected = (*self.config.light_size, 3)
         if tuple(light.shape[1:]) != expected:
             raise ValueError(f"light maps must be [B, {', '.join(map(str, expected))}], these are {list(light.shape)}")
-        radiance = torch.log1p(light.float()).flatten(1).to(self.layers[0].weight.dtype)
-        return self.layers(radiance).unflatten(1, (self.config.num_tokens, self.config.dim))
+        radiance = light.float().flatten(1)
+        shares = radiance / radiance.mean(dim=1, keepdim=True).clamp(min=1e-6)  # where it comes from, however bright
+        inputs = torch.cat([torch.log1p(radiance), shares], dim=1).to(self.layers[0].weight.dtype)
+        return self.layers(inputs).unflatten(1, (self.config.num_tokens, self.config.dim))
 
 
 class LightAttnProcessor:
