@@ -348,6 +348,16 @@ def test_an_offset_that_is_not_there_is_refused(relit, root, tmp_path):
         resolve_base(params.base, 0, tmp_path / "base")
 
 
+def test_the_loss_can_be_added_to_a_run_that_was_made_without_it(relit, tmp_path):
+    """By a branch from its checkpoint, in which there is no φ."""
+    vanilla = run_of(relit, "map", tmp_path / "vanilla")
+    reset = {"resume": "branch", "branch_from": str(vanilla.checkpoints / "last"), "max_steps": 6}
+    reset["resume_reset"] = ["lr", "scheduler", "optimizer"]
+    branch = run_of(relit, "mlp", tmp_path / "branch", train=reset)
+    assert branch.validation_curve.loss_raw[0] == pytest.approx(vanilla.validation_curve.loss_raw.iloc[-1], rel=1e-6)
+    assert branch.train_curve.light_difference[0] > 0
+
+
 def test_a_cache_without_foregrounds_is_refused(workspace, relit, tmp_path):
     params = relit.make_params(**VARIANTS["fc"])
     with pytest.raises(InputError, match=r"has no column 'foreground', which .*dvc repro precompute"):

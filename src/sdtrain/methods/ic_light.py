@@ -137,7 +137,10 @@ class IcLight:
             module.save_pretrained(folder / name)
 
     def load(self, folder: Path) -> None:
+        """As every method; of a run without φ, which is the loss's and not the model's, φ stays as it is."""
         for name, module in self.trained.named_children():
+            if name == "phi" and not (folder / name).exists():
+                continue
             loaded = load_unet(folder / name) if name == "unet" else _load(type(module), folder / name)
             try:
                 module.load_state_dict(loaded.state_dict())
