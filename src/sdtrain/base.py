@@ -81,8 +81,8 @@ def resolve_base(params: BaseParams, seed: int, out: Path) -> BaseManifest:
             sources.append({"unet_config": params.unet_config, "seed": seed, "parts": ["unet"]})
         if Path(params.unet_offset).is_file():
             sources.append(_take_offset(Path(params.unet_offset), folder))
-        elif not Path(params.unet_offset).exists():
-            raise InputError(f"base.unet_offset = '{params.unet_offset}': no such file; data/offset, a folder, is none")
+        else:
+            _check_no_offset(Path(params.unet_offset))
         check_fit(folder)
         write_json(folder / "model_index.json", {**_PIPELINE, "_diffusers_version": version("diffusers")})
         files = {str(p.relative_to(folder)): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -227,6 +227,15 @@ def _files_of(where: str, part: str, names: list[str]) -> list[str]:
         hint = " (it has pickled weights, which sdtrain never loads: convert them to safetensors)" if pickles else ""
         raise InputError(f"{where}: lacks {', '.join(missing)}{hint}")
     return found
+
+
+def _check_no_offset(folder: Path) -> None:
+    """Check that a folder, which is no offset, has none either."""
+    where = f"base.unet_offset = '{folder}'"
+    if not folder.exists():
+        raise InputError(f"{where}: no such file; data/offset, a folder, is none")
+    if files := sorted(folder.glob("*.safetensors")):
+        raise InputError(f"{where}: is a folder; name the file in it, {files[0]}, or move that elsewhere")
 
 
 def _take_offset(file: Path, folder: Path) -> dict:

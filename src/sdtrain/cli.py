@@ -10,6 +10,7 @@ from sdtrain.ground.errors import InputError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from torch import Tensor
 
     from sdtrain.models.pipelines import Conditions
     from sdtrain.training.files import TrainFiles
@@ -140,8 +141,17 @@ def _conditions(options: argparse.Namespace, pipeline: "DiffusionPipeline") -> "
         if name in seen:
             files = given if len(given) > 1 else given * len(options.prompt)
             found = {file: read_condition(name, file, side) for file in files}
+            if name == "light":
+                _check_light_size(found, tuple(pipeline.light_encoder.config.light_size))
             conditions[name] = [found[file] for file in files for _ in range(options.num_images)]
     return conditions
+
+
+def _check_light_size(maps: "dict[Path, Tensor]", size: tuple[int, int]) -> None:
+    for file, light in maps.items():
+        if tuple(light.shape[:2]) != size:
+            found, wanted = (" x ".join(map(str, shape)) for shape in (light.shape[:2], size))
+            raise InputError(f"--light {file}: a map of {found}, and the model was trained with maps of {wanted}")
 
 
 def _plan(options: argparse.Namespace) -> None:

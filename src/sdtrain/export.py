@@ -19,6 +19,7 @@ from sdtrain.methods import build_method, recorded_method
 from sdtrain.methods.checkpoints import load_checkpoint
 from sdtrain.methods.exports import Exported
 from sdtrain.methods.method import Method
+from sdtrain.models.ic_light import IcLightPipeline
 from sdtrain.models.parts import parts_of
 from sdtrain.models.sd1 import SD1
 from sdtrain.params.schema import ExportParams
@@ -134,11 +135,11 @@ def _history(params: ExportParams, config: dict, base: dict) -> dict[str, str]:
 def _structure(pipeline: DiffusionPipeline, form: Exported, file: Path) -> dict[str, str]:
     """ModelSpec's names of the structure: Stable Diffusion 1.x's or a custom one; and of the layout."""
     config = pipeline.unet.config
-    sizes = ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim")
+    sizes = ["block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim"]
+    sizes += [] if isinstance(pipeline, IcLightPipeline) else ["in_channels"]
     is_sd1 = all(json.dumps(config[key]) == json.dumps(SD1.unet[key]) for key in sizes)
     kind = form.kind or ("" if file == form.path else file.parent.relative_to(form.path).as_posix())
-    is_original = file == form.path and not form.kind
     return {
         "modelspec.architecture": "/".join(filter(None, ("stable-diffusion-v1" if is_sd1 else "custom", kind))),
-        "modelspec.implementation": "https://github.com/CompVis/stable-diffusion" if is_original else "diffusers",
+        "modelspec.implementation": "https://github.com/CompVis/stable-diffusion" if form.is_original else "diffusers",
     }

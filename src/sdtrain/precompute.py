@@ -66,6 +66,7 @@ def precompute_latents(
     latent_shape = (vae.config.latent_channels, params.resolution // factor, params.resolution // factor)
     conditions = _cached_conditions(params, manifest, latent_shape)
     counts = {"num_truncated_captions": 0, "num_upscaled": 0, **{f"num_blank_{name}s": 0 for name in conditions}}
+    counts |= {"num_uncut_foregrounds": 0} if "foreground" in conditions else {}
     statistics = _Statistics(vae.config.scaling_factor)
     splits: dict[str, list[Shard]] = {}
     with new_folder(out) as folder:
@@ -78,6 +79,8 @@ def precompute_latents(
                 tensors, num_blank = _encode_shard(params, seed, shard, manifest, conditions, vae, device, progress)
                 for name in conditions:
                     counts[f"num_blank_{name}s"] += num_blank[name]
+                if "foreground" in conditions:
+                    counts["num_uncut_foregrounds"] += num_blank["uncut"]
                 captions = [row["caption"] for row in shard]
                 tensors["input_ids"] = tokenize(tokenizer, captions)
                 max_token_id = max(max_token_id, tensors["input_ids"].max().item())
@@ -109,6 +112,8 @@ def precompute_latents(
         ).write(folder)
         report = {**counts, "latents_mean": statistics.mean, "latents_std": statistics.std}
         write_json(metrics, report)
+    if num_uncut := counts.get("num_uncut_foregrounds"):
+        print(f"WARNING: {num_uncut} foregrounds show no grey, nothing was cut out; give masks, or images with alpha")
     print(
         f"latents {statistics.shape}, scaled std {statistics.std:.3f}; "
         f"{counts['num_truncated_captions']} captions truncated to {tokenizer.model_max_length} tokens, "
@@ -188,7 +193,8 @@ def _encode_shard(
     device,
     progress: tqdm,
 ) -> tuple[dict[str, Tensor], Counter[str]]:
-    """The rows' columns but for the captions', and how many of each condition are blank. A batch's pixels at a time."""
+    """The rows' columns but for the captions'; and how many of each condition are blank, and of foregrounds `uncut`,
+    which have no grey at all. A batch's pixels at a time."""
     parts: dict[str, list[Tensor]] = {}
     seen, num_blank = {}, Counter()
     for name, condition in conditions.items():
@@ -206,6 +212,8 @@ def _encode_shard(
             values = np.stack([row[name] for row in found])
             blank = values == CONDITIONS[name].blank
             num_blank[name] += int(blank.reshape(len(batch), -1).all(axis=1).sum())
+            if name == "foreground":
+                num_blank["uncut"] += int((~blank.reshape(len(batch), -1).any(axis=1)).sum())
             if condition.kind == "latents":
                 for suffix, posterior in _posteriors(params, vae, device, values):
                     seen[name + suffix][places] = _stored(posterior.mode(), f"mean of the {name}", batch)

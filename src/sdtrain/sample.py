@@ -14,10 +14,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from sdtrain.data import lit_scenes
-from sdtrain.data.lit_scenes import to_srgb
 from sdtrain.data.shards import LatentShards, held_out_pictures
 from sdtrain.evaluation.relighting import lit_questions, relight
 from sdtrain.ground.files import new_folder
+from sdtrain.ground.light import linear_to_srgb
 from sdtrain.ground.manifests import DatasetManifest, encoders_fingerprint
 from sdtrain.models.pipelines import Conditions, drawn_px, generate, seen_by
 from sdtrain.models.trained import load_base_pipeline, load_model
@@ -100,7 +100,7 @@ def _shown(name: str, value: Image.Image | Tensor, pipeline: DiffusionPipeline) 
     if isinstance(value, Image.Image):
         return value
     if name == "light":
-        visible = Image.fromarray((255 * to_srgb(value.numpy().clip(0, 1))).round().astype(np.uint8))
+        visible = Image.fromarray((255 * linear_to_srgb(value.numpy().clip(0, 1))).round().astype(np.uint8))
         return visible.resize((drawn_px(pipeline),) * 2, Image.Resampling.NEAREST)
     with torch.inference_mode():
         decoded = pipeline.vae.decode(value[None].to(pipeline.device)).sample.cpu()

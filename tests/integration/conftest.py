@@ -16,7 +16,7 @@ from sdtrain.params.schema import Params
 from sdtrain.precompute import precompute_latents
 from sdtrain.train import train
 from sdtrain.training.files import TrainFiles
-from tests.conftest import EVERYTHING_LIT, HINTED, merged
+from tests.conftest import EVERYTHING_LIT, HINTED, WITH_BACKGROUND, merged
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,13 @@ def hinted(tmp_path_factory, make_params, root) -> Workspace:
 
 @pytest.fixture(scope="session")
 def relit(tmp_path_factory, make_params, root) -> Workspace:
-    """With light by map, and in its cache every condition that a variant of IC-Light may need."""
+    """With light by map, and in its cache every condition that IC-Light without a background may need."""
     return Workspace(tmp_path_factory.mktemp("relit"), make_params, root, EVERYTHING_LIT)
+
+
+@pytest.fixture(scope="session")
+def with_background(tmp_path_factory, make_params, root) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("with_background"), make_params, root, WITH_BACKGROUND)
 
 
 @pytest.fixture(scope="session")

@@ -231,6 +231,7 @@ def evaluated(hinted, model: Path, folder: Path) -> dict:
         params.evaluate.model_copy(update={"max_samples": params.validation.max_samples}), params.method, 0,
         base=hinted.base, model=model, dataset=hinted.dataset, latents=hinted.latents,
         metrics=folder / "e.json", loss_table=folder / "l.csv", accuracy_table=folder / "a.csv",
+        relighting_table=folder / "r.csv",
     )  # fmt: skip
     return read_json(folder / "e.json")
 
@@ -246,7 +247,8 @@ def test_sample_and_evaluate_under_hints(hinted, controlnet, model, tmp_path):
     assert set(rows.prompts) == {"known", "empty"}  # nothing new is in this world
     assert set(rows[rows.prompts == "known"].field) == {"color", "shape", "style", "background", "hint"}
     assert set(rows[rows.prompts == "empty"].field) == {"hint"}
-    sample_grid(hinted.make_params().sample, 0, hinted.base, hinted.latents, model, tmp_path / "samples")
+    sample = hinted.make_params().sample
+    sample_grid(sample, 0, hinted.base, hinted.dataset, hinted.latents, model, tmp_path / "samples")
     with Image.open(tmp_path / "samples" / "grid.png") as grid:
         captions = json.loads(grid.info["captions"])
     shards = LatentShards(hinted.latents, "validation", encoders_fingerprint(hinted.base))
@@ -266,7 +268,7 @@ def test_generate_takes_hints(hinted, controlnet, model, tmp_path):
 @pytest.mark.parametrize(
     ("hints", "message"),
     [
-        ([], r"model is a ControlNet: give --hint once, or once for each --prompt; there are 0 for 2"),
+        ([], r"model sees a hint: give --hint once, or once for each --prompt; there are 0 for 2"),
         (["a.png", "b.png", "c.png"], r"there are 3 for 2"),
         (["nowhere.png"], r"nowhere.png: file is missing"),
     ],
@@ -296,7 +298,7 @@ def test_a_damaged_export_is_refused(hinted, model, tmp_path, damage, message):
 
 def test_a_hint_without_a_controlnet_is_refused(hinted, tmp_path):
     ask = ["--prompt", "x", "--hint", "hint.png", "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match=r"--hint hint.png: .*base isn't a ControlNet, so it sees no hint"):
+    with pytest.raises(SystemExit, match=r"--hint hint.png: .*base sees prompts only; leave it out"):
         cli.main(["generate", "--model", str(hinted.base), *ask])
 
 

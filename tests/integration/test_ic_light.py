@@ -42,7 +42,6 @@ from tests.integration.test_processes import Place, assert_same_curves
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VARIANTS = {
     "fc": WORDS,
-    "fbc": lit("foreground background", variant="fbc"),
     "map": lit("foreground light", **BY_MAP),
     "fixed": lit("foreground light mask", **BY_MAP, consistency_weight=0.1, phi="fixed", consistency_latents="shared"),
     "mlp": CONSISTENT,
@@ -71,13 +70,14 @@ def model(relit, trained, tmp_path_factory) -> Path:
 
 def trainer_of(relit, name: str, folder: Path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    params = relit.make_params(**VARIANTS[name])
+    params = relit.make_params(**VARIANTS.get(name, {}))
     return build_trainer(params, relit.files(folder), build_accelerator(params.train))
 
 
 @pytest.mark.parametrize("name", ["fc", "fbc", "map"])
-def test_before_the_first_step_it_is_the_base_whatever_the_conditions(relit, tmp_path, name):
-    trainer = trainer_of(relit, name, tmp_path)
+def test_before_the_first_step_it_is_the_base_whatever_the_conditions(relit, with_background, tmp_path, name):
+    trainer = trainer_of(with_background if name == "fbc" else relit, name, tmp_path)
+    assert trainer.parts.unet.conv_in.in_channels == (12 if name == "fbc" else 8)
     batch = trainer.batches.make(0, range(4), torch.device("cpu"))
     assert all(batch.columns[condition].std() > 0 for condition in trainer.method.conditions)
     parts = load_parts(relit.base)
@@ -203,8 +203,13 @@ def test_what_is_exported(relit, trained, model):
         assert torch.allclose(exported[key], saved[key], rtol=1e-6, atol=1e-7), key
     original = load_file(model / "mine-original.safetensors")
     assert torch.equal(original["input_blocks.0.0.weight"], offset["conv_in.weight"])
+    header = read_metadata(model / "mine-original.safetensors")
+    assert header["modelspec.implementation"] == "https://github.com/CompVis/stable-diffusion"
     header = read_metadata(model / "mine.safetensors")
+    assert header["modelspec.implementation"] == "diffusers"
     assert header["modelspec.architecture"] == "custom/ic-light-fc"
+    assert (model / "ic_light.py").read_text().startswith('"""IC-Light for Diffusers')
+    assert read_json(model / "model_index.json")["light_encoder"] == ["diffusers", "LightEncoder"]
     assert header["sdtrain.run"] == read_json(model / "training_config.json")["fingerprint"]
 
 
@@ -286,17 +291,20 @@ def test_generate_takes_foreground_and_light(relit, trained, model, tmp_path):
     [
         ([], r"model sees a foreground: give --foreground once, or once for each --prompt; there are 0 for 1"),
         (["foreground"], r"model sees a light: give --light once"),
+        (["foreground", "sky"], r"--light .*sky.npy: a map of 16 x 32, and the model was trained with maps of 1 x 5"),
         (["foreground", "background"], r"--background .*background.png: .*model sees foreground and light; leave it"),
     ],
 )
 def test_generate_explains_what_the_model_sees(model, tmp_path, given, message):
     inputs = save_inputs(tmp_path)
-    options = [text for name in given for text in (f"--{name}", str(inputs[name]))]
+    np.save(tmp_path / "sky.npy", np.ones((16, 32, 3), np.float32))
+    inputs["sky"] = tmp_path / "sky.npy"
+    options = [text for name in given for text in (f"--{name}".replace("sky", "light"), str(inputs[name]))]
     with pytest.raises(SystemExit, match=message):
         cli.main(["generate", "--model", str(model), "--prompt", "x", "--out", str(tmp_path / "out"), *options])
 
 
-def test_it_goes_on_from_a_released_offset(relit, trained, model, root, tmp_path):
+def test_it_goes_on_from_a_released_offset(relit, with_background, trained, model, root, tmp_path):
     """And that is what it is compared with: the base is IC-Light then."""
     local = {"path": str(root / "data" / "builtin"), "unet_offset": str(model / "mine.safetensors")}
     params = relit.make_params(**merged(VARIANTS["fc"], {"base": local}))
@@ -309,7 +317,7 @@ def test_it_goes_on_from_a_released_offset(relit, trained, model, root, tmp_path
     assert run.validation_curve.loss_raw[0] != trained.validation_curve.loss_raw[0]
     assert run.validation_curve.gap_foreground[0] != 0
     with pytest.raises(InputError, match=r"method.variant = 'fbc': its UNet has 12 input channels, .* has 8; use meth"):
-        run_of(relit, "fbc", tmp_path / "refused", base=tmp_path / "base")
+        with_background.train(tmp_path / "refused", base=tmp_path / "base")
     export_model(params.export, tmp_path / "base", run.checkpoints, tmp_path / "model")
     sample = params.sample.model_copy(update={"num_held_out": 1})
     sample_grid(sample, 0, tmp_path / "base", relit.dataset, relit.latents, tmp_path / "model", tmp_path / "samples")
@@ -341,11 +349,15 @@ def test_an_offset_of_another_base_is_refused(relit, model, root, tmp_path, chan
     assert not (tmp_path / "base").exists()
 
 
-def test_an_offset_that_is_not_there_is_refused(relit, root, tmp_path):
-    local = {"path": str(root / "data" / "builtin"), "unet_offset": "nowhere.safetensors"}
+def test_an_offset_that_is_not_named_is_refused(relit, root, tmp_path):
+    local = {"path": str(root / "data" / "builtin"), "unet_offset": str(tmp_path / "there.safetensors")}
     params = relit.make_params(**merged(VARIANTS["fc"], {"base": local}))
-    with pytest.raises(InputError, match=r"base.unet_offset = 'nowhere.safetensors': no such file"):
+    with pytest.raises(InputError, match=r"there.safetensors': no such file"):
         resolve_base(params.base, 0, tmp_path / "base")
+    (tmp_path / "there.safetensors").touch()
+    folder = params.base.model_copy(update={"unet_offset": str(tmp_path)})
+    with pytest.raises(InputError, match=r"is a folder; name the file in it, .*there.safetensors, or move"):
+        resolve_base(folder, 0, tmp_path / "base")
 
 
 def test_the_loss_can_be_added_to_a_run_that_was_made_without_it(relit, tmp_path):
@@ -366,8 +378,10 @@ def test_a_cache_without_foregrounds_is_refused(workspace, relit, tmp_path):
 
 
 def test_light_maps_of_another_size_are_refused(relit, tmp_path):
-    with pytest.raises(InputError, match=r"'light' has shape \(1, 5, 3\), the training method needs \(32, 32, 3\)"):
-        run_of(relit, "map", tmp_path, method={"light_size": [32, 32]})
+    params = relit.make_params(**VARIANTS["map"])
+    params = params.model_copy(update={"method": params.method.model_copy(update={"light_size": [32, 32]})})
+    with pytest.raises(InputError, match=r"\(1, 5, 3\), .* needs \(32, 32, 3\); set method.light_size to \[1, 5\]"):
+        train(params, relit.files(tmp_path))
 
 
 def test_one_batch_can_be_overfitted(relit, tmp_path):

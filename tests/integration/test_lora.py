@@ -217,6 +217,7 @@ def evaluated(workspace, model: Path, folder: Path, **sections: dict) -> dict:
         params.evaluate.model_copy(update={"max_samples": params.validation.max_samples}), params.method, 0,
         base=workspace.base, model=model, dataset=workspace.dataset, latents=workspace.latents,
         metrics=folder / "e.json", loss_table=folder / "l.csv", accuracy_table=folder / "a.csv",
+        relighting_table=folder / "r.csv",
     )  # fmt: skip
     return read_json(folder / "e.json")
 
@@ -226,7 +227,7 @@ def test_sample_and_evaluate_compare_the_base_with_the_adapter(workspace, lora, 
     assert numbers["held_out_loss_base"] == pytest.approx(summary["base_validation_loss"], rel=1e-5)
     assert numbers["held_out_loss_trained"] == pytest.approx(summary["best_validation_loss"], rel=1e-5)
     params = workspace.make_params(**changes()).sample
-    sample_grid(params, 0, workspace.base, workspace.latents, model, tmp_path / "samples")
+    sample_grid(params, 0, workspace.base, workspace.dataset, workspace.latents, model, tmp_path / "samples")
     with Image.open(tmp_path / "samples" / "grid.png") as grid:
         half = grid.width // 2
         assert grid.crop((0, 40, half, grid.height)).tobytes() != grid.crop((half, 40, 2 * half, grid.height)).tobytes()
@@ -270,7 +271,8 @@ def test_generate_explains_what_an_adapter_needs(model, tmp_path, arguments, mes
 def test_an_adapter_of_another_base_is_refused(workspace, model, tmp_path):
     other = workspace.changed_base(tmp_path / "base", "vae/config.json", scaling_factor=0.5)
     with pytest.raises(InputError, match=r"model: was trained on another base than .*base; run `dvc repro`, or use"):
-        sample_grid(workspace.make_params().sample, 0, other, workspace.latents, model, tmp_path / "samples")
+        sample = workspace.make_params().sample
+        sample_grid(sample, 0, other, workspace.dataset, workspace.latents, model, tmp_path / "samples")
 
 
 def test_it_is_drawn_at_its_own_resolution_with_its_own_schedule(workspace, tmp_path):

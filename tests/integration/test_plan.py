@@ -181,7 +181,8 @@ def test_estimates_come_true(workspace, run, make_params, tmp_path):
     assert not any(item.is_there for item in plan.values())
 
     export_model(params.export, workspace.base, run.checkpoints, tmp_path / "model")
-    sample_grid(params.sample, 0, workspace.base, workspace.latents, tmp_path / "model", tmp_path / "samples")
+    made = (workspace.base, workspace.dataset, workspace.latents, tmp_path / "model")
+    sample_grid(params.sample, 0, *made, out=tmp_path / "samples")
     assert plan["base"].num_bytes == pytest.approx(folder_bytes(workspace.base), rel=0.01)
     assert plan["dataset"].num_bytes == pytest.approx(folder_bytes(workspace.dataset), rel=0.05)
     assert plan["latents"].num_bytes == pytest.approx(folder_bytes(workspace.latents), rel=0.02)

@@ -133,7 +133,7 @@ def test_exporting_weights_that_were_not_kept_is_refused(workspace, tmp_path):
 
 def test_the_grid_shows_base_beside_trained(workspace, model, tmp_path):
     params = workspace.make_params().sample
-    sample_grid(params, 0, workspace.base, workspace.latents, model, tmp_path / "samples")
+    sample_grid(params, 0, workspace.base, workspace.dataset, workspace.latents, model, tmp_path / "samples")
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["grid.png"]
     with Image.open(tmp_path / "samples" / "grid.png") as grid:
         assert grid.width > 2 * 128
@@ -157,6 +157,7 @@ def test_evaluate_writes_the_numbers_with_their_counts(workspace, model, tmp_pat
         params, workspace.make_params().method, 0,
         base=workspace.base, model=model, dataset=workspace.dataset, latents=workspace.latents,
         metrics=tmp_path / "e.json", loss_table=tmp_path / "loss.csv", accuracy_table=tmp_path / "accuracy.csv",
+        relighting_table=tmp_path / "relighting.csv",
     )  # fmt: skip
     numbers = json.loads((tmp_path / "e.json").read_text())
     assert numbers["num_held_out"] == json.loads((workspace.folder / "dataset.json").read_text())["num_validation"]
@@ -172,6 +173,7 @@ def test_a_model_equal_to_its_base_gains_exactly_nothing(workspace, tmp_path):
         base=workspace.base, model=workspace.base, dataset=workspace.dataset,
         latents=workspace.latents, metrics=tmp_path / "e.json", loss_table=tmp_path / "l.csv",
         accuracy_table=tmp_path / "a.csv",
+        relighting_table=tmp_path / "r.csv",
     )  # fmt: skip
     numbers = json.loads((tmp_path / "e.json").read_text())
     assert numbers["held_out_loss_gain"] == numbers["held_out_loss_gain_ci_high"] == 0

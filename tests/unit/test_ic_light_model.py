@@ -168,7 +168,7 @@ def test_stable_diffusion_1_5_on_the_meta_device():
         text = torch.cat([torch.empty(2, 77, 768), encoder(torch.empty(2, 32, 32, 3))], dim=1)
         assert unet(torch.empty(2, 8, 64, 64), torch.empty(2), text).sample.shape == (2, 4, 64, 64)
     assert unet.conv_in.weight.is_meta
-    assert sum(p.numel() for p in encoder.parameters()) == (3072 + 1) * 128 + 129 * 128 + 129 * 3 * 768
+    assert sum(p.numel() for p in encoder.parameters()) == (2 * 3072 + 1) * 128 + 129 * 128 + 129 * 3 * 768
 
 
 def test_encoder_sees_brightness_of_any_size():
@@ -176,7 +176,8 @@ def test_encoder_sees_brightness_of_any_size():
     assert encoder(LIGHT).shape == (3, 2, 7)
     assert not encoder(LIGHT).any()
     nn.init.normal_(encoder.layers[-1].weight)
-    first = encoder.layers[0](torch.log1p(LIGHT).flatten(1))  # rows, columns, then colours
+    flat = LIGHT.flatten(1)  # rows, columns, then colours
+    first = encoder.layers[0](torch.cat([torch.log1p(flat), flat / flat.mean(dim=1, keepdim=True)], dim=1))
     assert torch.equal(encoder(LIGHT), encoder.layers[1:](first).view(3, 2, 7))
     assert error(encoder(1e5 * LIGHT), encoder(2e5 * LIGHT)) > 0.01
     with pytest.raises(ValueError, match=r"light maps must be \[B, 1, 5, 3\], these are \[3, 5, 1, 3\]"):

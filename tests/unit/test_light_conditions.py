@@ -399,7 +399,8 @@ def test_alpha_is_the_mask_where_there_is_none():
     foreground = np.random.default_rng(0).integers(0, 256, (4, 5, 5), dtype=np.uint8)
     other = np.random.default_rng(1).integers(0, 256, (1, 5, 5), dtype=np.uint8)
     assert np.array_equal(on_grey(foreground), on_grey(foreground[:3], foreground[3:]))
-    assert np.array_equal(on_grey(foreground, other), on_grey(foreground[:3], other))
+    # With both, what either hides is hidden: colours behind transparent parts mean nothing.
+    assert np.array_equal(on_grey(foreground, other), on_grey(foreground[:3], np.minimum(foreground[3:], other)))
 
 
 def test_a_mask_is_averaged_over_each_latents_pixels():

@@ -26,12 +26,12 @@ from sdtrain.data.lit_scenes import (
     render,
     render_linear,
     to_linear,
-    to_srgb,
     transport,
     wall,
     wall_transport,
 )
 from sdtrain.data.scenes import COLORS, KNOWN, Placement, Scene, coverage
+from sdtrain.ground.light import linear_to_srgb
 
 CIRCLE = LitScene(Scene("red", "circle", "large", "in the center", "blue"), Placement((32.0, 32.0), 16.0))
 MIRRORED = {"left": "right", "right": "left", "top": "top", "bottom": "bottom"}
@@ -161,8 +161,8 @@ def test_srgb_is_the_standard_curve_and_its_inverse():
     values = np.arange(256, dtype=np.uint8)
     linear = to_linear(values)
     assert linear[[0, 10, 255]] == pytest.approx([0, 10 / 255 / 12.92, 1])
-    assert to_srgb(np.array([0.001, 0.2140411])) == pytest.approx([0.01292, 0.5], abs=1e-6)
-    assert np.array_equal(np.round(255 * to_srgb(linear)), values)
+    assert linear_to_srgb(np.array([0.001, 0.2140411])) == pytest.approx([0.01292, 0.5], abs=1e-6)
+    assert np.array_equal(np.round(255 * linear_to_srgb(linear)), values)
     with pytest.raises(AssertionError, match="8-bit"):
         to_linear(np.zeros(3))
 

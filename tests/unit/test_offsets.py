@@ -18,7 +18,6 @@ from sdtrain.models.ic_light import LightEncoder, widen_conv_in
 from sdtrain.models.offsets import (
     load_offsets,
     merge_offsets,
-    merged,
     offsets,
     save_offsets,
     save_original_offsets,
@@ -42,6 +41,13 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def base() -> UNet2DConditionModel:
     return load_unet(BUILTIN / "unet")
+
+
+def merged(base: UNet2DConditionModel, added: dict) -> UNet2DConditionModel:
+    """A new UNet: what readers of a file get."""
+    unet = copy.deepcopy(base)
+    merge_offsets(unet, added)
+    return unet
 
 
 def trained(base: UNet2DConditionModel, in_channels: int = 8) -> UNet2DConditionModel:

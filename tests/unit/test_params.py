@@ -507,6 +507,18 @@ RULE_CASES = [
         "method.light_size = [64, 128]: larger maps are reduced to [32, 32]; set it to that",
     ),
     (
+        relit("foreground background light mask", **{**CONSISTENT, "variant": "fbc"}),
+        "method.consistency_weight = 0.1: asks for parts of the light, and with method.variant = 'fbc' the background",
+    ),
+    (
+        {
+            **relit(),
+            **{"dataset__source": "imagefolder", "dataset__world": "shapes", "dataset__new_fraction": 0.8},
+            "precompute__random_flip": True,
+        },
+        "precompute.random_flip = True: with method.light = 'words' captions tell the side of the light",
+    ),
+    (
         {**relit(), "sample__num_held_out": None},
         "sample.num_held_out = None: with method.name = 'ic_light' the grid shows held-out captions and conditions; gi",
     ),

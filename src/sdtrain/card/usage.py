@@ -16,12 +16,11 @@ from sdtrain.card.recorded import Model
 from sdtrain.card.snippets import controlnet_snippet, lora_snippet, pipeline_snippet, relighting_snippet
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.layout import ADAPTER_FILE, CONTROLNET_FILE, MERGED, PIPELINE_FILE
+from sdtrain.ground.light import MAP_PX
 from sdtrain.ground.markdown import code_block, code_span, one_line
 from sdtrain.params.schema import SampleParams
 
 _SD1_CHANNELS, _SD1_TEXT_WIDTH = 320, 768
-_REDUCED_MAP = [32, 32]
-"""To this size larger light maps were reduced for training."""
 _CONDITION_FILES = {
     "hint": "hint.png",
     "foreground": "foreground.png",
@@ -85,7 +84,7 @@ def _relighting(model: Model, sample: SampleParams, seed: int) -> list[str]:
         needed.append("`background.png`, what stands behind it, under the light to draw")
     if "light" in model.sees:
         size = model.ic_light.light_size
-        reduced = ", to which a larger map must be reduced by means over areas" if size == _REDUCED_MAP else ""
+        reduced = ", to which a larger map must be reduced by means over areas" if size == [MAP_PX, MAP_PX] else ""
         columns = ", whose columns light from the left, right, top, bottom and front" if model.is_lit else ""
         needed.append(
             f"`light.npy`, the light as an environment map{columns}: linear, not negative, an array of "

@@ -23,12 +23,11 @@ from PIL import Image
 
 from sdtrain.data.images import BadImage, Crop, clean_image, crop_image, draw_crop, read_bytes, short_cause
 from sdtrain.ground.errors import InputError
+from sdtrain.ground.light import MAP_PX
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAP_PX = 32
-"""Height and width to which larger light maps are reduced (IC-Light, Zhang et al. 2025)."""
 _BLACK, _GREY = "#000000", 127
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _LIT = 128
@@ -194,7 +193,7 @@ def _read_map(data: bytes) -> np.ndarray:
 def _crop(data: bytes, crop: Crop, channels: int, resample: Image.Resampling = Image.Resampling.BOX) -> np.ndarray:
     """Resized by area, which doesn't ring: what is black and white beside edges stays so, and what is grey.
 
-    Colours are weighted by alpha, so those of transparent parts are never seen.
+    Colours are weighted by alpha, so those of transparent parts don't bleed.
     """
     square = crop_image(Image.open(io.BytesIO(data)), crop, resample).convert(_MODES[channels])
     values = np.asarray(square).reshape(crop.side, crop.side, channels)
@@ -226,10 +225,10 @@ def on_grey(foreground: np.ndarray, mask: np.ndarray | None = None) -> np.ndarra
 
     Args:
         foreground: uint8 [3 or 4, R, R].
-        mask: M, uint8 [1, R, R] of 255; without, it is the foreground's alpha, or 1 where it has none.
+        mask: M, uint8 [1, R, R] of 255, where the foreground's alpha isn't less; without, M is the alpha, or 1.
     """
-    if mask is None and len(foreground) == 4:
-        mask = foreground[3:]
+    if len(foreground) == 4:
+        mask = foreground[3:] if mask is None else np.minimum(mask, foreground[3:])
     pixels = foreground[:3].astype(np.float32) - _GREY
     return (pixels if mask is None else pixels * (mask.astype(np.float32) / 255)) / _GREY
 

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from sdtrain.ground import randomness
+from sdtrain.ground.light import linear_to_srgb, srgb_to_linear
 
 _LUMINANCE = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)  # of linear sRGB (Rec. 709)
 _SHARE_OF_SIDE = (0.08, 0.2)
@@ -38,12 +39,12 @@ def degraded(image: np.ndarray, mask: np.ndarray, seed: int, sample_id: str) -> 
         mask: float32 [R, R] in 0..1.
     """
     rng = randomness.generator(seed, "degraded foreground", randomness.hash64(sample_id))
-    light = _albedo(_to_linear((image.transpose(1, 2, 0) + 1) / 2), mask, rng.uniform(*_SHARE_OF_SIDE))
+    light = _albedo(srgb_to_linear((image.transpose(1, 2, 0) + 1) / 2), mask, rng.uniform(*_SHARE_OF_SIDE))
     shading = (_no_shading, _from_one_side, _shadows)[rng.integers(3)]
     gains = np.exp(rng.normal(0, _TINT, 3) + rng.normal(0, _EXPOSURE)).astype(np.float32)
     light = light * shading(mask, rng)[..., None] * gains
     light /= np.maximum(1, light.max(axis=2, keepdims=True))  # clipping single channels would change the hue
-    return (_to_srgb(light) * 255).round().astype(np.uint8).transpose(2, 0, 1)
+    return (linear_to_srgb(light) * 255).round().astype(np.uint8).transpose(2, 0, 1)
 
 
 def _albedo(light: np.ndarray, mask: np.ndarray, share_of_side: float) -> np.ndarray:
@@ -98,12 +99,3 @@ def _between(low: float, share: np.ndarray) -> np.ndarray:
 
 def _blurred(values: np.ndarray, sigma: float) -> np.ndarray:
     return cv2.GaussianBlur(values.astype(np.float32), (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
-
-
-def _to_linear(values: np.ndarray) -> np.ndarray:
-    """sRGB (IEC 61966-2-1) in 0..1 to linear light."""
-    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
-
-
-def _to_srgb(values: np.ndarray) -> np.ndarray:
-    return np.where(values <= 0.0031308, values * 12.92, 1.055 * np.maximum(values, 0.0031308) ** (1 / 2.4) - 0.055)

@@ -18,6 +18,7 @@ from PIL import Image
 from sdtrain.data.scenes import COLORS, SIZE_PX, Placement, Scene, coverage, draw_scene, place, png_bytes
 from sdtrain.data.scenes import caption as scene_caption
 from sdtrain.ground import randomness
+from sdtrain.ground.light import linear_to_srgb, srgb_to_linear
 
 SIDES: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 """x and y of the direction towards each light that is at a side."""
@@ -206,17 +207,11 @@ def draw_stripes(rng: np.random.Generator) -> Stripes:
     return Stripes(float(angle), float(rng.uniform(*_STRIPE_PERIODS_PX)), float(phase))
 
 
-def to_srgb(linear: np.ndarray) -> np.ndarray:
-    """Linear light to sRGB, both in 0..1 (IEC 61966-2-1)."""
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 0.0031308) ** (1 / 2.4) - 0.055)
-
-
 def to_linear(image: np.ndarray | Image.Image) -> np.ndarray:
     """8-bit sRGB to linear light, float64 in 0..1 of the same shape (IEC 61966-2-1)."""
     values = np.asarray(image)
     assert values.dtype == np.uint8, f"expected 8-bit sRGB, got {values.dtype}"
-    values = values / 255
-    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    return srgb_to_linear(values / 255)
 
 
 def _pixel_centers() -> np.ndarray:
@@ -236,7 +231,7 @@ def _wall_linear(lit: LitScene, light: np.ndarray) -> np.ndarray:
 
 def _picture(linear: np.ndarray) -> Image.Image:
     assert linear.max() <= 1, f"the light is too strong, the picture would clip at 1: {linear.max():.3f}"
-    return Image.fromarray(_eight_bit(to_srgb(linear)))
+    return Image.fromarray(_eight_bit(linear_to_srgb(linear)))
 
 
 def _eight_bit(values: np.ndarray) -> np.ndarray:

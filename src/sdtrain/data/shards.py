@@ -196,9 +196,12 @@ class LatentShards:
                 found = tuple(self._files[0].get_slice(stored).get_shape()[1:])
                 found = (3, *found[1:]) if self._kind(name) == "pixels" else found
                 if found != column.shape:
+                    way = "run `dvc repro precompute` with the method's params"
+                    if self._kind(name) == "light":
+                        way = f"set method.light_size to {list(found[:2])}"
                     raise InputError(
                         f"{self.folder}: a row of column {stored!r} has shape {found}, the training method needs "
-                        f"{column.shape}; run `dvc repro precompute` with the method's params"
+                        f"{column.shape}; {way}"
                     )
 
     def read(self, index: int, *names: str, flipped: bool = False) -> "dict[str, Tensor]":

@@ -21,6 +21,7 @@ from sdtrain.data import lit_scenes, scenes
 from sdtrain.data.conditions import CONDITIONS
 from sdtrain.ground import hub, randomness
 from sdtrain.ground.errors import InputError
+from sdtrain.ground.manifests import LIT_WORLDS
 from sdtrain.params.schema import DatasetParams
 
 if TYPE_CHECKING:
@@ -140,21 +141,20 @@ def generated_record(params: DatasetParams) -> dict:
 
 
 def _generated(params: DatasetParams, seed: int) -> Source:
-    columns = list(lit_scenes.COLUMNS if params.world in _LIT_WORLDS else _DRAWN)
+    columns = list(lit_scenes.COLUMNS if params.world in LIT_WORLDS else _DRAWN)
     for name, column in params.condition_columns.items():
         if column not in columns:
             raise InputError(_no_such_column(f"condition_columns.{name}", column, columns))
     return Source(generated_record(params), range(params.num_scenes), partial(draw_scene, params, seed))
 
 
-_LIT_WORLDS = ("lit", "lit_by_map")
 _DRAWN = {"outline": scenes.outline}
 """Columns of the worlds of flat shapes besides image and caption."""
 
 
 def draw_scene(params: DatasetParams, seed: int, index: int) -> Candidate:
     """The scene that the source `generated` has at `index`."""
-    if params.world in _LIT_WORLDS:
+    if params.world in LIT_WORLDS:
         return _draw_lit(params, seed, index)
     rng = randomness.generator(seed, "scene", index)
     scene, placement, caption = scenes.draw_example(params.world, params.new_fraction, rng)

@@ -9,8 +9,9 @@ from itertools import combinations
 import numpy as np
 from PIL import Image
 
-from sdtrain.data.lit_scenes import LIGHTS, SIDES, LitScene, albedo, direction, to_linear, to_srgb, transport
+from sdtrain.data.lit_scenes import LIGHTS, SIDES, LitScene, albedo, direction, to_linear, transport
 from sdtrain.data.scenes import COLORS, SIZE_PX, coverage
+from sdtrain.ground.light import linear_to_srgb
 
 _INSIDE = 0.95
 """Pixels that the object covers by more than this are the object's."""
@@ -48,7 +49,7 @@ def albedo_error(image: Image.Image, lit: LitScene, light: np.ndarray) -> tuple[
 
 def named_color(image: Image.Image, lit: LitScene, light: np.ndarray) -> str:
     """The colour of `COLORS` nearest in sRGB to the object's albedo under a light [1, 5, 3]."""
-    found = 255 * to_srgb(_albedo(image, lit, light))
+    found = 255 * linear_to_srgb(_albedo(image, lit, light))
     return min(COLORS, key=lambda name: float(np.linalg.norm(np.array(COLORS[name]) - found)))
 
 
@@ -145,4 +146,4 @@ def _fitted_wall(pixels: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 def _distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """How different two pictures in linear light look: RGB distance in sRGB, 0..442, [64, 64]."""
-    return 255 * np.linalg.norm(to_srgb(first) - to_srgb(second), axis=2)
+    return 255 * np.linalg.norm(linear_to_srgb(first) - linear_to_srgb(second), axis=2)

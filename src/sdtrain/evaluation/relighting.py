@@ -182,6 +182,6 @@ def _round_trip(pipeline: DiffusionPipeline, images: list[Image.Image], batch_si
 
 
 def _sized(image: Image.Image, side: int) -> Image.Image:
-    """Enlarged as the cache enlarges, or reduced by area."""
+    """Reduced by area, or enlarged."""
     kind = Image.Resampling.LANCZOS if side > image.width else Image.Resampling.BOX
     return image if image.width == side else image.resize((side, side), kind)

@@ -17,6 +17,10 @@ _MAX_HASHED_BYTES = 8 * 2**30
 """Up to this size a latent cache's shards are hashed before a run, in some 10 s; beyond, only headers are read."""
 
 
+LIT_WORLDS = ("lit", "lit_by_map")
+"""Of `dataset.world`, those whose scenes have a known light."""
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
@@ -132,7 +136,7 @@ class DatasetManifest(Manifest):
     @property
     def is_lit(self) -> bool:
         """Whether its scenes are lit, to be relit."""
-        return self.world in ("lit", "lit_by_map")
+        return self.world in LIT_WORLDS
 
 
 class Shard(_Record):

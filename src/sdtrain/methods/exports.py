@@ -30,6 +30,8 @@ class Exported:
     """Relative error that its predictions may have in fp32; in 16 bit they may differ more."""
     written: DiffusionPipeline | None = None
     """Of a full model: the weights that must have been written, to the bit."""
+    is_original: bool = False
+    """Whether it is a file in the key layout of the original Stable Diffusion."""
 
 
 def export_full(
@@ -47,7 +49,7 @@ def export_full(
     if params.single_file:
         save_single_file(pipeline, single_file)
         load = partial(_load_single_file, type(pipeline), single_file, folder)
-        yield Exported(single_file, "", load, error, pipeline)
+        yield Exported(single_file, "", load, error, pipeline, is_original=True)
 
 
 def full_model_bytes(method: Section, params: ExportParams, num_trained: int, num_all: int) -> int:

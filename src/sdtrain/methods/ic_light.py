@@ -34,7 +34,7 @@ from sdtrain.ground.layout import LIGHT_ENCODER, PIPELINE_FILE, UNET_OFFSET
 from sdtrain.methods.exports import DTYPES, Exported, in_half
 from sdtrain.methods.method import denoising_error, denoising_loss, encode_text, in_fp32
 from sdtrain.models.ic_light import IcLightPipeline, LightEncoder, add_light_tokens, widen_conv_in
-from sdtrain.models.offsets import merged, offsets, save_offsets, save_original_offsets
+from sdtrain.models.offsets import merge_offsets, offsets, save_offsets, save_original_offsets
 from sdtrain.models.parts import Parts, load_unet
 from sdtrain.models.pipelines import build_ic_light_pipeline
 from sdtrain.models.trained import load_relit
@@ -155,9 +155,9 @@ class IcLight:
 
         The exported UNet is the base plus the offset, so that programs that add it have the same weights to the bit.
         """
-        plain, dtype = load_unet(base / "unet"), DTYPES[params.dtype]
-        offset = {name: tensor.to(dtype) for name, tensor in offsets(self._parts.unet.cpu(), plain).items()}
-        unet = merged(plain, offset)
+        unet, dtype = load_unet(base / "unet"), DTYPES[params.dtype]
+        offset = offsets(self._parts.unet, unet, dtype)
+        merge_offsets(unet, offset)
         if self._params.light == "map":
             add_light_tokens(unet, self._params.num_light_tokens)
         pipeline = build_ic_light_pipeline(replace(self._parts, unet=unet), scheduler)
@@ -166,15 +166,12 @@ class IcLight:
         shutil.copyfile(inspect.getfile(IcLightPipeline), folder / PIPELINE_FILE)
         yield Exported(folder, "", partial(load_relit, folder, base), _MERGING_ERROR, pipeline)
         kind = f"ic-light-{self._params.variant}"
-        for file, save in (
-            (folder / f"{params.name}.safetensors", partial(save_offsets, dtype=dtype)),
-            (
-                folder / f"{params.name}-original.safetensors",
-                partial(save_original_offsets, unet_config=unet.config, dtype=dtype),
-            ),
-        ):
-            save(file, offset)
-            yield Exported(file, kind, partial(load_relit, folder, base, file.name), _MERGING_ERROR)
+        file, original = (folder / f"{params.name}{end}.safetensors" for end in ("", "-original"))
+        save_offsets(file, offset, dtype)
+        yield Exported(file, kind, partial(load_relit, folder, base, file.name), _MERGING_ERROR)
+        save_original_offsets(original, offset, unet.config, dtype)
+        load = partial(load_relit, folder, base, original.name)
+        yield Exported(original, kind, load, _MERGING_ERROR, is_original=True)
 
     @property
     def _seen_names(self) -> tuple[str, ...]:
@@ -188,8 +185,9 @@ class IcLight:
     def _loss_under_three_lights(self, model: nn.Module, batch: Batch, objective: Objective) -> dict[str, Tensor]:
         """Denoising under the row's light L, and consistency of the predictions under L, L1 and L2 = L - L1.
 
-        One forward pass of 3B rows. Errors are of ε, weighted by σ² = 1 - ᾱ_t: at low noise z_t itself shows the image
-        under L, so what the model says there of other lights means little, and the closed form divides by σ.
+        One forward pass of 3B rows. An error of ε is weighted by σ² = 1 - ᾱ_t, and one of decoded images, which is ε's
+        times σ²/ᾱ_t, by ᾱ_t: at low noise z_t itself shows the image under L, so what the model says there of other
+        lights means little, and the closed form divides by σ.
         """
         alphas_cumprod = objective.alphas_cumprod
         light, timesteps = batch.columns["light"], batch.timesteps
@@ -224,7 +222,10 @@ class IcLight:
     def _consistency_errors(
         self, model_pred: Tensor, noisy_latents: Tensor, batch: Batch, objective: Objective
     ) -> tuple[Tensor, Tensor]:
-        """The consistency loss, and ‖ε₁ - ε₂‖², which is 0 for a model that ignores light, as is then the loss: [B]."""
+        """The consistency loss, and ‖ε₁ - ε₂‖², which gives away a model that ignores light, [B].
+
+        Its loss with a learned φ is 0, since φ(ε, ε) = ε is easily learned.
+        """
         alphas_cumprod, prediction_type = objective.alphas_cumprod, objective.prediction_type
         timesteps, mask = batch.timesteps, batch.columns["mask"]
         sigma_squared = 1 - alphas_cumprod[timesteps]
@@ -276,7 +277,8 @@ def _widened(params: IcLightParams, parts: Parts) -> UNet2DConditionModel:
     wanted, found = _IN_CHANNELS[params.variant], parts.unet.config.in_channels
     if UNET_OFFSET in parts.others:
         offset = parts.others.pop(UNET_OFFSET)
-        parts.unet, found = merged(parts.unet, offset.state_dict()), offset.config.in_channels
+        found = offset.config.in_channels
+        merge_offsets(parts.unet, offset.state_dict())
     if found not in (parts.vae.config.latent_channels, wanted):
         raise InputError(
             f"method.variant = {params.variant!r}: its UNet has {wanted} input channels, that of base.unet_offset has "

@@ -5,7 +5,8 @@ what a `Method` has; `trained_parameters` is the one definition of a run's weigh
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Protocol
 
@@ -129,7 +130,17 @@ def encode_text(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
         return text_encoder(input_ids).last_hidden_state
 
 
-def in_fp32(device_type: str) -> AbstractContextManager:
+@contextmanager
+def in_fp32(device_type: str) -> Iterator[None]:
     """Without autocast, whatever precision the caller computes in."""
+    token = AUTOCASTS.set(False)
     can_autocast = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if can_autocast else nullcontext()
+    try:
+        with torch.autocast(device_type, enabled=False) if can_autocast else nullcontext():
+            yield
+    finally:
+        AUTOCASTS.reset(token)
+
+
+AUTOCASTS: ContextVar[bool] = ContextVar("AUTOCASTS", default=True)
+"""False inside `in_fp32`: for devices on which autocast has to be imitated, see `training/memory.py`."""

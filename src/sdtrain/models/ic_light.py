@@ -146,7 +146,8 @@ class IcLightPipeline(StableDiffusionPipeline):
         if unet.config.in_channels not in (8, 12):
             raise ValueError(f"IC-Light's UNet has 8 or 12 input channels, this one {unet.config.in_channels}")
         self.register_modules(light_encoder=light_encoder)
-        if light_encoder is not None:
+        if light_encoder is not None:  # recorded as Diffusers' own, or its download would look for a file of the module
+            self.register_to_config(light_encoder=("diffusers", LightEncoder.__name__))
             add_light_tokens(unet, light_encoder.config.num_tokens)
 
     @classmethod
@@ -205,6 +206,8 @@ class IcLightPipeline(StableDiffusionPipeline):
             height, width = (side * self.vae_scale_factor for side in foreground.shape[2:])
         else:
             width, height = foreground[0].size
+        if tokens is not None:  # again: e.g. attention slicing sets other processors, which know no light
+            add_light_tokens(self.unet, self.light_encoder.config.num_tokens)
         hook = self.unet.register_forward_pre_hook(add_conditions, with_kwargs=True)
         try:
             return super().__call__(prompt, height=height, width=width, generator=generator, **kwargs)

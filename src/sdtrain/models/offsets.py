@@ -3,12 +3,11 @@
 The layout (lllyasviel/IC-Light, gradio_demo.py): all tensors of the UNet, trained minus base, where the base's first
 convolution is widened with zeros; so for the new input channels they are the weights themselves. Readers compute
 base + offset, which in floating point isn't always the trained weight. So a model and its offsets agree by definition:
-the model is `merged(base, offsets)`.
+the model is what `merge_offsets` makes of the base.
 
 ComfyUI-IC-Light-Native takes them in the original key layout, without `model.diffusion_model.`.
 """
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,18 @@ _CONV_IN = "conv_in.weight"
 _ORIGINAL_CONV_IN = "input_blocks.0.0.weight"
 
 
-def offsets(trained: UNet2DConditionModel, base: UNet2DConditionModel) -> Offsets:
-    """Trained minus base, in fp32.
+def offsets(trained: UNet2DConditionModel, base: UNet2DConditionModel, dtype: torch.dtype = torch.float32) -> Offsets:
+    """Trained minus base, computed in fp32.
 
     Args:
         base: plain, or already with as many input channels as `trained`.
+        dtype: to return.
     """
     weights, patched = trained.state_dict(), base.state_dict()
     assert weights.keys() == patched.keys(), "the trained UNet has other tensors than its base"
     new_channels = weights[_CONV_IN].shape[1] - patched[_CONV_IN].shape[1]
     patched[_CONV_IN] = F.pad(patched[_CONV_IN], (0, 0, 0, 0, 0, new_channels))
-    return {key: weight.float() - patched[key].float() for key, weight in weights.items()}
+    return {key: (weight.float() - patched[key].float()).to(dtype) for key, weight in weights.items()}
 
 
 def merge_offsets(unet: UNet2DConditionModel, added: Offsets, source: Path | str = "the offsets") -> None:
@@ -56,13 +56,6 @@ def merge_offsets(unet: UNet2DConditionModel, added: Offsets, source: Path | str
     widen_conv_in(unet, added[_CONV_IN].shape[1])
     for key, weight in unet.state_dict().items():
         weight.copy_(weight.float() + added[key].to(weight.device, torch.float32))
-
-
-def merged(base: UNet2DConditionModel, added: Offsets, source: Path | str = "the offsets") -> UNet2DConditionModel:
-    """A new UNet, base + offsets: what readers of the file get. As `merge_offsets`."""
-    unet = copy.deepcopy(base)
-    merge_offsets(unet, added, source)
-    return unet
 
 
 def check_offsets(unet: UNet2DConditionModel, added: Offsets, source: Path | str) -> None:

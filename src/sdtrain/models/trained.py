@@ -19,7 +19,7 @@ from sdtrain.ground.headers import read_metadata
 from sdtrain.ground.layout import ADAPTER_FILE, CONTROLNET_FILE, LIGHT_ENCODER, MERGED, UNET_OFFSET
 from sdtrain.ground.manifests import BaseManifest
 from sdtrain.models.ic_light import IcLightPipeline, LightEncoder
-from sdtrain.models.offsets import load_offsets, merge_offsets, merged
+from sdtrain.models.offsets import load_offsets, merge_offsets
 from sdtrain.models.parts import Parts, load_controlnet, load_parts, pick_device, training_scheduler
 from sdtrain.models.pipelines import (
     build_controlnet_pipeline,
@@ -113,7 +113,7 @@ def load_base_pipeline(base: Path) -> DiffusionPipeline:
     if not (base / UNET_OFFSET).exists():
         return load_pipeline(base)
     parts = load_parts(base, (UNET_OFFSET,))
-    parts.unet = merged(parts.unet, parts.others.pop(UNET_OFFSET).state_dict())
+    merge_offsets(parts.unet, parts.others.pop(UNET_OFFSET).state_dict())
     return build_ic_light_pipeline(parts, parts.scheduler).to(pick_device())
 
 

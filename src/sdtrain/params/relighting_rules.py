@@ -1,9 +1,8 @@
 """Checks of what only `method.name: ic_light` and the lit worlds, which are for it, need."""
 
+from sdtrain.ground.light import MAP_PX
+from sdtrain.ground.manifests import LIT_WORLDS
 from sdtrain.params.view import Rule, View, has_effect
-
-_MAP_PX = 32
-"""Height and width to which larger light maps are reduced, `MAP_PX` of `data/conditions.py`."""
 
 
 def _not_ic_light(p: View) -> tuple[str, str] | None:
@@ -28,6 +27,11 @@ def _light_settings_fit(p: View) -> str | None:
             f"method.consistency_weight = {weight}: splits the light map at random, and method.light = 'words' has "
             "none; set it to 0, or method.light to map"
         )
+    if weight and p.method.variant == "fbc":
+        return (
+            f"method.consistency_weight = {weight}: asks for parts of the light, and with method.variant = 'fbc' the "
+            "background shows all of it; set it to 0, or method.variant to fc"
+        )
     for field, value in (("phi", phi), ("consistency_latents", latents)):
         if weight and value is None:
             return f"method.{field} = None: method.consistency_weight = {weight} needs it"
@@ -44,7 +48,7 @@ def _lit_world_fits(p: View) -> str | None:
     """The lit worlds are for relighting, and relighting of generated scenes is for them."""
     if p.dataset.source != "generated":
         return None
-    world, is_lit = p.dataset.world, p.dataset.world in ("lit", "lit_by_map")
+    world, is_lit = p.dataset.world, p.dataset.world in LIT_WORLDS
     if is_lit != (p.method.name == "ic_light"):
         return (
             f"dataset.world = {world!r}: method.name = 'ic_light' needs 'lit' or 'lit_by_map', and only that method "
@@ -82,11 +86,19 @@ def _light_size_can_be(p: View) -> str | None:
         return None
     if _relights_generated(p) and size != [1, 5]:
         return f"method.light_size = {size}: the maps of dataset.world = 'lit_by_map' are [1, 5]"
-    if min(size) >= _MAP_PX and size != [_MAP_PX, _MAP_PX]:
-        return f"method.light_size = {size}: larger maps are reduced to [{_MAP_PX}, {_MAP_PX}]; set it to that"
+    if min(size) >= MAP_PX and size != [MAP_PX, MAP_PX]:
+        return f"method.light_size = {size}: larger maps are reduced to [{MAP_PX}, {MAP_PX}]; set it to that"
+
+
+def _words_of_light_survive_the_flip(p: View) -> str | None:
+    if p.method.name == "ic_light" and p.method.light == "words" and p.precompute.random_flip:
+        return (
+            "precompute.random_flip = True: with method.light = 'words' captions tell the side of the light, which is "
+            "wrong for a flipped image; use false, or light maps, which are mirrored, and captions without the light"
+        )
 
 
 RELIGHTING_RULES: tuple[Rule, ...] = (
     has_effect("base.unet_offset", _not_ic_light), _light_settings_fit, _light_size_can_be,
-    _lit_world_fits, _lit_scenes_are_known, _lit_grid_has_one_each,
+    _lit_world_fits, _lit_scenes_are_known, _lit_grid_has_one_each, _words_of_light_survive_the_flip,
 )  # fmt: skip

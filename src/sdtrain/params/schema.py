@@ -178,8 +178,8 @@ class IcLightParams(Section):
     variant: Literal["fc", "fbc"]
     """What the UNet sees besides the noisy latents: the foreground, or foreground and `background`."""
     light: Literal["words", "map"]
-    """How the light is told: in the caption, where its words must stand first to be heard; or also as an environment
-    map, the condition `light`, through a small network to cross-attention tokens."""
+    """How the light is told: in the caption, where its words must stand first to be heard; or as an environment map,
+    the condition `light`, through a small network to cross-attention tokens."""
     light_size: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None
     """`map` only: height and width of the light maps: [32, 32], to which larger ones are reduced; [1, 5] in the lit
     world."""
@@ -187,7 +187,8 @@ class IcLightParams(Section):
     """`map` only: tokens that the map becomes; the paper's readers report 3."""
     consistency_weight: Annotated[float, Field(ge=0)]
     """Weight of the light-transport consistency loss: the light's random split L = L1 + L2 must add up in what the
-    model predicts. Needs `map` and the condition `mask`; a step then takes three times as long. 0 is none."""
+    model predicts. Needs `map`, captions that don't tell the light, `fc`, and the condition `mask`; a step then takes
+    three times as long. 0 is none."""
     phi: Literal["fixed", "mlp", "pixel"] | None
     """Consistency only: how predictions under L1 and L2 become the one under L. `fixed`: the closed form
     ε₁ + ε₂ - (z_t - √ᾱ z_black)/σ. `mlp`: a learned network per latent pixel, symmetric in 1 and 2, which also sees z_t

@@ -25,7 +25,7 @@ from sdtrain.data.batches import Batch
 from sdtrain.ground.diffusion import Objective
 from sdtrain.ground.errors import InputError
 from sdtrain.methods import build_method
-from sdtrain.methods.method import Method, enable_gradient_checkpointing, trained_parameters
+from sdtrain.methods.method import AUTOCASTS, Method, enable_gradient_checkpointing, trained_parameters
 from sdtrain.models.parts import Configs, meta_parts, read_configs
 from sdtrain.params.schema import Params, Section, TrainParams
 
@@ -211,7 +211,7 @@ class _GpuKernels(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, compute_log_sumexp=True)[0]
-        if not torch.is_grad_enabled():  # frozen encoders compute in fp32
+        if not (torch.is_grad_enabled() and AUTOCASTS.get()):  # frozen encoders and decoders compute in fp32
             return func(*args, **(kwargs or {}))
         if self._dtype is not None and func in _IN_LOW_PRECISION:
             args = [self._cast(arg, self._dtype) for arg in args]

@@ -77,7 +77,7 @@ def build_trainer(params: Params, files: TrainFiles, accelerator: Accelerator) -
     method.trained.to(device).train()
     assert not list(method.trained.buffers()), "a saved state holds parameters; buffers would be lost"
     if train.gradient_checkpointing:
-        enable_gradient_checkpointing((parts.unet, method.trained))
+        enable_gradient_checkpointing((*parts.modules(), method.trained))
     if train.compile:
         for module in dict.fromkeys((method.trained, parts.unet)):
             module.compile()

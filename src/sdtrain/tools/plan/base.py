@@ -14,7 +14,7 @@ from huggingface_hub.utils import disable_progress_bars
 from sdtrain.ground import hub
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json
-from sdtrain.ground.layout import CONTROLNET
+from sdtrain.ground.layout import CONTROLNET, UNET_OFFSET
 from sdtrain.models.parts import Configs, meta_parts, read_configs, vae_factor
 from sdtrain.models.sd1 import SD1
 from sdtrain.params.schema import BaseParams
@@ -66,6 +66,8 @@ def base_sources(params: BaseParams) -> dict[str, Source]:
         others[CONTROLNET] = _hub_source(params, "controlnet_repo")
     elif params.source == "local" and (Path(params.path) / CONTROLNET / "config.json").exists():
         others[CONTROLNET] = main
+    if Path(params.unet_offset).is_file():
+        others[UNET_OFFSET] = Source("base.unet_offset", {"path": str(Path(params.unet_offset))})
     return {
         "unet": main if params.unet_config is None else Source("base.unet_config", own_unet),
         "vae": _hub_source(params, "vae_repo") if params.vae_repo else main,
@@ -99,7 +101,7 @@ def find_base(params: BaseParams, folder: Path, is_made: bool) -> Base:
     configs = Configs(**found)
     _check_fit(configs)
     num_parameters = _count_parameters(configs)
-    local = {part: _stored_bytes(Path(s.record["path"]) / part) for part, s in sources.items() if "path" in s.record}
+    local = {part: _stored_bytes(part, Path(s.record["path"])) for part, s in sources.items() if "path" in s.record}
     new = {part: 4 * num_parameters[part] for part in PARTS if part not in local}
     if params.controlnet_repo:
         with torch.device("meta"):
@@ -229,7 +231,9 @@ def _count_parameters(configs: Configs) -> dict[str, int]:
     return {part: sum(p.numel() for p in module.parameters()) for part, module in zip(PARTS, modules, strict=True)}
 
 
-def _stored_bytes(folder: Path) -> int:
-    """Bytes that the stage `base` takes of a part's folder: no pickles, no variants like `model.fp16.safetensors`."""
-    files = [path for path in folder.iterdir() if path.suffix in (".json", ".txt", ".safetensors")]
+def _stored_bytes(part: str, source: Path) -> int:
+    """Bytes that the stage `base` takes of a part: no pickles, no variants like `model.fp16.safetensors`."""
+    if source.is_file():
+        return source.stat().st_size
+    files = [path for path in (source / part).iterdir() if path.suffix in (".json", ".txt", ".safetensors")]
     return sum(path.stat().st_size for path in files if "." not in path.stem)

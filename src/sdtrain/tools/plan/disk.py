@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from huggingface_hub import constants
 
-from sdtrain.data.conditions import CONDITIONS, MAP_PX
+from sdtrain.data.conditions import CONDITIONS
 from sdtrain.data.shards import NUM_PROBES
+from sdtrain.ground.light import MAP_PX
+from sdtrain.ground.manifests import LIT_WORLDS
 from sdtrain.methods import METHODS
 from sdtrain.models.parts import Configs, vae_factor
 from sdtrain.params.schema import Params
@@ -104,7 +106,7 @@ def _grid_bytes(params: Params, configs: Configs, latent_size: int) -> int:
     side = drawn * math.ceil(_MIN_CELL_PX / drawn)
     num_rows = params.sample.num_held_out or len(params.sample.prompts)
     num_columns = 2 * params.sample.images_per_prompt + len(_conditions(params))
-    if params.dataset.world in ("lit", "lit_by_map"):
+    if params.dataset.world in LIT_WORLDS:
         num_columns = 2 + 2 * 4  # foreground, base, and under four lights truth and trained
     return num_rows * num_columns * 3 * side**2
 

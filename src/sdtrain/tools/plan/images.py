@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 from PIL import Image
 
+from sdtrain.data.conditions import CONDITIONS
 from sdtrain.data.shards import SPLITS
 from sdtrain.data.sources import draw_scene, file_patterns
 from sdtrain.ground.errors import InputError
@@ -121,8 +122,10 @@ def _count_files(path: Path, params: DatasetParams) -> Found:
     images = [name for name in sizes if not any(pattern.matches(name) for pattern in patterns.values())]
     if not images:
         return Found(None, None, f"dataset.path = '{path}' has no images yet")
-    num_images = round(len(images) / (1 + len(params.condition_columns) - len(patterns)))
-    return Found(num_images, sum(sizes.values()), f"about, the image files in {path}")
+    pictures = [name for name in params.condition_columns if CONDITIONS[name].kind != "light" and name not in patterns]
+    maps = [file for file in path.rglob("*") if file.suffix.lower() in (".npy", ".hdr")]
+    num_bytes = sum(sizes.values()) + sum(file.stat().st_size for file in maps)
+    return Found(round(len(images) / (1 + len(pictures))), num_bytes, f"about, the image files in {path}")
 
 
 def _count_rows(path: Path) -> Found:

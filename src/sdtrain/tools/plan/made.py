@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sdtrain.data.sources import generated_record
 from sdtrain.ground.errors import InputError
+from sdtrain.ground.layout import UNET_OFFSET
 from sdtrain.ground.manifests import BaseManifest, DatasetManifest, LatentsManifest, encoders_fingerprint
 from sdtrain.params.schema import BaseParams, DatasetParams, Params
 from sdtrain.tools.plan.base import base_sources
@@ -60,8 +61,10 @@ def _check_base(params: BaseParams, folder: Path) -> None:
     """Check that data/base was gathered from what these params name; a folder without a manifest was given by hand."""
     if not (folder / "manifest.json").exists() and (folder / "unet" / "config.json").exists():
         return
-    sources = BaseManifest.read(folder).sources
-    for part, wanted in base_sources(params).items():
+    sources, asked = BaseManifest.read(folder).sources, base_sources(params)
+    if UNET_OFFSET not in asked and any(UNET_OFFSET in source["parts"] for source in sources):
+        raise InputError(f"{folder} was made with a base.unet_offset; `dvc repro base` remakes it")
+    for part, wanted in asked.items():
         found = next((source for source in sources if part in source["parts"]), {})
         if any(name not in found or found[name] != value for name, value in wanted.record.items()):
             raise InputError(f"{folder} was made with another {wanted.key}; `dvc repro base` remakes it")
