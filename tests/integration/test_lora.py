@@ -270,8 +270,8 @@ def test_generate_explains_what_an_adapter_needs(model, tmp_path, arguments, mes
 
 def test_an_adapter_of_another_base_is_refused(workspace, model, tmp_path):
     other = workspace.changed_base(tmp_path / "base", "vae/config.json", scaling_factor=0.5)
+    sample = workspace.make_params().sample
     with pytest.raises(InputError, match=r"model: was trained on another base than .*base; run `dvc repro`, or use"):
-        sample = workspace.make_params().sample
         sample_grid(sample, 0, other, workspace.dataset, workspace.latents, model, tmp_path / "samples")
 
 
