@@ -35,7 +35,7 @@ from sdtrain.methods.exports import DTYPES, Exported, in_half
 from sdtrain.methods.method import denoising_error, denoising_loss, encode_text, in_fp32
 from sdtrain.models.ic_light import IcLightPipeline, LightEncoder, add_light_tokens, widen_conv_in
 from sdtrain.models.offsets import merge_offsets, offsets, save_offsets, save_original_offsets
-from sdtrain.models.parts import Parts, load_unet
+from sdtrain.models.parts import Parts, load_unet, vae_factor
 from sdtrain.models.pipelines import build_ic_light_pipeline
 from sdtrain.models.trained import load_relit
 from sdtrain.params.schema import ExportParams, IcLightParams
@@ -258,9 +258,9 @@ class IcLight:
     @cached_property
     def _black(self) -> Tensor:
         """The scaled latents of an image without light, [1, C, h, w]; in pixels they would be -1."""
-        vae, size = self._parts.vae, self._parts.unet.config.sample_size
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        black = torch.full((1, 3, size * factor, size * factor), -1.0, device=vae.device)
+        vae = self._parts.vae
+        side = self._parts.unet.config.sample_size * vae_factor(vae.config.block_out_channels)
+        black = torch.full((1, 3, side, side), -1.0, device=vae.device)
         with torch.no_grad(), in_fp32(vae.device.type):
             return vae.encode(black).latent_dist.mode() * vae.config.scaling_factor
 
