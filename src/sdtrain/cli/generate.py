@@ -1,11 +1,10 @@
-"""The commands outside DVC: `sdtrain plan`, `sdtrain overfit` and `sdtrain generate`."""
+"""`sdtrain generate`: images from an exported model or a checkpoint."""
 
 import argparse
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdtrain.cli.options import positive
 from sdtrain.ground.errors import InputError
 
 if TYPE_CHECKING:
@@ -13,8 +12,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdtrain.models.pipelines import Conditions
-    from sdtrain.training.files import TrainFiles
-
 
 _CONDITIONS = {
     "hint": "a ControlNet's image",
@@ -24,9 +21,7 @@ _CONDITIONS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="sdtrain", description="Fine-tune Stable Diffusion; see README.md.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def add(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("generate", help="draw images from prompts")
     command.add_argument("--model", type=Path, required=True, help="an exported model's folder, or a checkpoint's")
     command.add_argument("--base", type=Path, help="the base of an adapter or a checkpoint (data/base)")
@@ -35,45 +30,15 @@ def main(arguments: list[str] | None = None) -> None:
     for condition, help in _CONDITIONS.items():
         command.add_argument(f"--{condition}", type=Path, action="append", help=f"{help}; one, or one per prompt")
     command.add_argument("--negative-prompt", default="", help="what to steer away from")
-    command.add_argument("--num-images", type=_positive, default=1, help="images per prompt (%(default)s)")
+    command.add_argument("--num-images", type=positive, default=1, help="images per prompt (%(default)s)")
     command.add_argument(
         "--seed", type=int, default=0, help="of a prompt's first image; each further one adds 1 (%(default)s)"
     )
-    command.add_argument("--steps", type=_positive, default=25, help="DPM-Solver++ steps (%(default)s)")
+    command.add_argument("--steps", type=positive, default=25, help="DPM-Solver++ steps (%(default)s)")
     command.add_argument("--guidance-scale", type=float, default=7.5, help="classifier-free guidance (%(default)s)")
-    command.add_argument("--batch-size", type=_positive, default=4, help="images drawn at once (%(default)s)")
+    command.add_argument("--batch-size", type=positive, default=4, help="images drawn at once (%(default)s)")
     command.add_argument("--out", type=Path, required=True, help="folder for the PNG files")
     command.set_defaults(run=_generate)
-
-    command = commands.add_parser("plan", help="say what a params file will do, without training")
-    _add_places(command)
-    command.add_argument("--dataset", type=Path, default="data/dataset", help="checked images (%(default)s)")
-    command.add_argument("--time-steps", type=_positive, default=0, help="train this many steps to measure their time")
-    command.set_defaults(run=_plan)
-
-    command = commands.add_parser("overfit", help="check that one batch can be learned, if a run learns nothing")
-    _add_places(command)
-    command.add_argument("--steps", type=_positive, default=300, help="optimizer steps (%(default)s)")
-    command.add_argument("--rows", type=_positive, default=4, help="images in the batch (%(default)s)")
-    command.set_defaults(run=_overfit)
-    options = parser.parse_args(arguments)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises torchvision, which nothing here needs
-    try:
-        options.run(options)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-
-
-def _add_places(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--params", type=Path, default="params.yaml", help="params file (%(default)s)")
-    command.add_argument("--base", type=Path, default="data/base", help="resolved base model (%(default)s)")
-    command.add_argument("--latents", type=Path, default="data/latents", help="latent cache (%(default)s)")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -152,39 +117,3 @@ def _check_light_size(maps: "dict[Path, Tensor]", size: tuple[int, int]) -> None
         if tuple(light.shape[:2]) != size:
             found, wanted = (" x ".join(map(str, shape)) for shape in (light.shape[:2], size))
             raise InputError(f"--light {file}: a map of {found}, and the model was trained with maps of {wanted}")
-
-
-def _plan(options: argparse.Namespace) -> None:
-    from sdtrain.params.load import load_params
-    from sdtrain.tools.plan import plan_run
-
-    params = load_params(options.params)
-    for line in plan_run(params, _files(options), options.dataset, options.time_steps):
-        print(line)
-
-
-def _overfit(options: argparse.Namespace) -> None:
-    from sdtrain.params.load import load_params
-    from sdtrain.tools.overfit import overfit_batch
-
-    if os.environ.get("NPROC", "1") != "1":
-        raise InputError(f"overfit runs in one process, but NPROC = {os.environ['NPROC']}; unset it")
-    overfit_batch(load_params(options.params), _files(options), options.rows, options.steps)
-
-
-def _files(options: argparse.Namespace) -> "TrainFiles":
-    """The project's paths, as in the stage `train`."""
-    from sdtrain.training.files import TrainFiles
-
-    root, metrics = Path(os.environ.get("DVC_ROOT", ".")), Path("metrics")
-    return TrainFiles(
-        base=options.base,
-        latents=options.latents,
-        checkpoints=Path("data/checkpoints"),
-        metrics=metrics / "train.json",
-        train_curve=metrics / "train.csv",
-        speed_curve=metrics / "train_speed.csv",
-        validation_curve=metrics / "validation.csv",
-        runs=root / "runs",
-        states=root / ".dvc" / "tmp" / "resume",
-    )

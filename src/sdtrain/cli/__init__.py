@@ -1,0 +1,21 @@
+"""The commands outside DVC, each in a module that adds it to the parser."""
+
+import argparse
+import os
+import sys
+
+from sdtrain.cli import generate, plan
+from sdtrain.ground.errors import InputError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="sdtrain", description="Fine-tune Stable Diffusion; see README.md.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for module in (generate, plan):
+        module.add(commands)
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises torchvision, which nothing here needs
+    try:
+        options.run(options)
+    except InputError as error:
+        sys.exit(f"error: {error}")
