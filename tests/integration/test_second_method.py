@@ -198,7 +198,7 @@ def test_what_a_method_starts_with_at_random_follows_from_the_seed(workspace, mo
     monkeypatch.setitem(METHODS, "finetune", Kind(FinetuneParams, build))
     for seed in (0, 0, 1):
         AcceleratorState._reset_state(reset_partial_state=True)
-        params = check_params(shrunk_tree()).model_copy(update={"seed": seed})
+        params = check_params(shrunk_tree(train={"seed": seed}))
         build_trainer(params, workspace.files(Path("nowhere")), build_accelerator(params.train))
     assert drawn[0] == drawn[1] != drawn[2]
 

@@ -39,11 +39,8 @@ def test_gradient_checkpointing_changes_rounding_only(workspace, run, tmp_path):
     assert recomputed.train_curve.loss.tolist() == pytest.approx(run.train_curve.loss.tolist(), rel=1e-5)
 
 
-def test_another_seed_sees_other_noise_but_the_same_held_out_questions(workspace, run, tmp_path):
-    latents = tmp_path / "latents"
-    params = workspace.make_params()
-    precompute_latents(params.precompute, 1, workspace.base, workspace.dataset, latents, tmp_path / "metrics.json")
-    other = workspace.train(tmp_path, latents=latents, seed=1)
+def test_another_training_seed_sees_other_noise_but_the_same_cache_and_held_out_questions(workspace, run, tmp_path):
+    other = workspace.train(tmp_path, train={"seed": 1})
     assert other.validation_curve.loss_raw[0] == run.validation_curve.loss_raw[0]
     assert other.train_curve.loss[0] != run.train_curve.loss[0]
 

@@ -37,10 +37,10 @@ class Shards:
         return {name: values[name] for name in names}
 
 
-def maker(shards, batch_size=6, seed=0, scaling_factor=1.0, **changes):
+def maker(shards, batch_size=6, scaling_factor=1.0, **changes):
     train = {**shrunk_tree()["train"], "caption_dropout": 0.0, "batch_size": batch_size, "micro_batch_size": 1}
     params = check_params(shrunk_tree(train={**train, **changes})).train
-    return BatchMaker(shards, params, seed, num_train_timesteps=1000, scaling_factor=scaling_factor, null_ids=NULL)
+    return BatchMaker(shards, params, num_train_timesteps=1000, scaling_factor=scaling_factor, null_ids=NULL)
 
 
 def rows_of(batch) -> list[int]:

@@ -453,7 +453,7 @@ def test_training_is_described(project):
         "- objective: prediction type `epsilon`, min-SNR γ 5, noise offset 0.05, input perturbation 0.1, 10 % of the "
         "captions dropped"
     ) in card
-    assert "- seed: 3" in card
+    assert "- seed: 0, of the data 3" in card
     assert "- branched from step 500 of run `ffff`" in card
     assert f"This is run `{FINGERPRINT}` of sdtrain" in card
     assert parse(card)[0]["datasets"] == ["acme/pictures"]

@@ -94,7 +94,7 @@ def test_yaml_1_1_booleans_are_not_booleans(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("seed: 0", "seed: 0\nseed: 1"), ("  use_ema: true", "  lr: 1.0\n  use_ema: true")]
+    ("old", "new"), [("seed: 0\n\n", "seed: 0\nseed: 1\n\n"), ("  use_ema: true", "  lr: 1.0\n  use_ema: true")]
 )
 def test_key_given_twice_is_refused(tmp_path, old, new):
     with pytest.raises(InputError, match=r"key '(seed|lr)' is given twice"):
@@ -120,7 +120,7 @@ def test_missing_file_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("key", "hint"),
     [
-        ("train__learning_rate", "there are lr, lr_scaling"),
+        ("train__learning_rate", "there are seed, lr, lr_scaling"),
         ("train__max_step", "nearest is train.max_steps"),
         ("train__random_flip", "nearest is precompute.random_flip"),
         ("valiation", "nearest is validation"),

@@ -153,7 +153,7 @@ def _training(model: Model) -> str:
         f"learning rate: {lr:g}, {code_span(train.lr_scheduler)}{warmup}; {code_span(train.optimizer)}, "
         f"{code_span(train.precision)}",
         f"objective: {_objective(train)}",
-        f"seed: {params.seed}",
+        f"seed: {train.seed}, of the data {params.seed}",
     ]
     if origin := config.resumed_from:
         lines.append(f"branched from step {origin.step:,} of run {code_span(origin.run)}, whose steps count above")

@@ -1,4 +1,4 @@
-"""What one training step sees, as a function of (seed, step, position in the effective batch)."""
+"""What one training step sees, as a function of (`train.seed`, step, position in the effective batch)."""
 
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -52,7 +52,6 @@ class BatchMaker:
         self,
         shards: LatentShards,
         params: TrainParams,
-        seed: int,
         *,
         num_train_timesteps: int,
         scaling_factor: float,
@@ -60,7 +59,7 @@ class BatchMaker:
         columns: dict[str, Column] | None = None,
     ) -> None:
         shards.check_columns(columns or {})
-        self.shards, self.params, self.seed, self.columns = shards, params, seed, tuple(columns or ())
+        self.shards, self.params, self.seed, self.columns = shards, params, params.seed, tuple(columns or ())
         self.num_train_timesteps, self.scaling_factor, self.null_ids = num_train_timesteps, scaling_factor, null_ids
 
     def make(self, step: int, positions: range, device: torch.device) -> Batch:

@@ -206,6 +206,9 @@ MethodParams = Annotated[FinetuneParams | LoraParams | ControlNetParams | IcLigh
 class TrainParams(Section):
     """The run: steps, optimizer, objective, saving."""
 
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    """Of training's own draws: order, noise, timesteps, dropped captions, new weights. Runs that differ in it alone are
+    replicates of one recipe: they share data, cache and held-out set. Only replicates can tell recipes apart."""
     lr: Annotated[float, Field(gt=0)]
     """Peak learning rate of AdamW, at the batch size that `lr_scaling` refers to."""
     lr_scaling: Literal["none", "sqrt", "linear"]
@@ -389,7 +392,8 @@ class Params(Section):
     """All of params.yaml."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    """Every draw of the pipeline is a function of this, its purpose and place; all seeds share the held-out noise."""
+    """Of the data, of `base.unet_config`'s weights and of the images drawn to look at and to measure; training has its
+    own, `train.seed`. Every draw is a function of its seed, purpose and place; all seeds share the held-out noise."""
     base: BaseParams
     dataset: DatasetParams
     precompute: PrecomputeParams

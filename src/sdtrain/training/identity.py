@@ -45,7 +45,6 @@ def training_identity(params: Params, files: TrainFiles, num_steps: int, origin:
     # Dropout draws by micro-batch, so with it their size changes more than rounding.
     split = SPLIT - {"micro_batch_size"} if getattr(params.method, "dropout", 0) else SPLIT
     return {
-        "seed": params.seed,
         "method": params.method.model_dump(),
         "train": params.train.model_dump(exclude=_CONTINUATION | split | _LENGTH),
         "validation": params.validation.model_dump(exclude=_IMAGES),

@@ -72,7 +72,7 @@ def _backward(trainer: Trainer, batch: Batch, step: int, first_position: int, la
     losses, logged = 0, dict.fromkeys(method.logged, torch.zeros((), device=accelerator.device))
     for number, loss_pass in enumerate(method.losses):
         # For models that have dropout of their own.
-        torch.manual_seed(randomness.integer(trainer.params.seed, "dropout", step, first_position, number))
+        torch.manual_seed(randomness.integer(trainer.params.train.seed, "dropout", step, first_position, number))
         syncs = last_batch and number == len(method.losses) - 1
         synced = nullcontext() if syncs else accelerator.no_sync(trainer.model)
         with synced, attention(train.attention_backend):

@@ -71,7 +71,7 @@ def build_trainer(params: Params, files: TrainFiles, accelerator: Accelerator) -
     parts = load_parts(files.base, first_parts(params.method, files.base))
     scheduler = training_scheduler(parts.scheduler, train.prediction_type, train.zero_terminal_snr)
     parts.set_resolution(params.precompute.resolution)
-    torch.manual_seed(randomness.integer(params.seed, "method"))  # for modules that start at random, on the CPU
+    torch.manual_seed(randomness.integer(train.seed, "method"))  # for modules that start at random, on the CPU
     method = build_method(params.method, parts)
     parts.to(device)
     method.trained.to(device).train()
@@ -93,7 +93,6 @@ def build_trainer(params: Params, files: TrainFiles, accelerator: Accelerator) -
         batches=BatchMaker(
             shards,
             train,
-            params.seed,
             num_train_timesteps=scheduler.config.num_train_timesteps,
             scaling_factor=parts.vae.config.scaling_factor,
             null_ids=tokenize(parts.tokenizer, [""])[0],
