@@ -1,6 +1,7 @@
 """Metrics on held-out data: loss and condition use of base and trained, and how right generated scenes are drawn."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from sdtrain.ground import randomness
 from sdtrain.ground.files import write_json, write_text
 from sdtrain.ground.manifests import DatasetManifest, LatentsManifest, encoders_fingerprint
 from sdtrain.ground.statistics import bootstrap_interval
+from sdtrain.ground.values import Values
 from sdtrain.methods import build_method, first_parts
 from sdtrain.methods.method import Method
 from sdtrain.models.ic_light import IcLightPipeline
@@ -24,49 +26,57 @@ from sdtrain.models.trained import load_base_pipeline, load_model
 from sdtrain.params.schema import EvaluateParams, Section
 
 
-def evaluate_model(
-    params: EvaluateParams,
-    method: Section,
-    seed: int,
-    base: Path,
-    model: Path,
-    dataset: Path,
-    latents: Path,
-    metrics: Path,
-    loss_table: Path,
-    accuracy_table: Path,
-    relighting_table: Path,
-) -> None:
-    """Compare the `model` with its `base`.
+@dataclass(frozen=True)
+class EvaluateFiles:
+    """Where an evaluation reads and writes."""
 
-    `method` is the section of params.yaml that the model was trained with.
+    base: Path
+    model: Path
+    dataset: Path
+    latents: Path
+    metrics: Path
+    """Flat numbers."""
+    values: Path
+    """The values behind them, image by image: `ground/values.py`."""
+    loss_table: Path
+    """The held-out loss by timestep."""
+    accuracy_table: Path
+    """Of generated scenes, the accuracy by kind of prompt and field; of others no rows."""
+    relighting_table: Path
+    """Of lit scenes, the metrics of relighting; of others no rows."""
 
-    Writes flat numbers to `metrics`; the held-out loss by timestep to `loss_table`; and for generated scenes the
-    accuracy by kind of prompt and field to `accuracy_table`, or of lit scenes the metrics of relighting to
-    `relighting_table` (else tables without rows).
+
+def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: EvaluateFiles) -> None:
+    """Compare a model with its base.
+
+    Args:
+        method: the section of params.yaml that the model was trained with.
     """
-    pipelines = {"base": load_base_pipeline(base), "trained": load_model(model, base)}
-    shards = LatentShards(latents, "validation", encoders_fingerprint(base))
-    data = DatasetManifest.read(dataset)
-    world, accuracies, relit = _world(data, shards.manifest), [], []
+    base = files.base
+    pipelines = {"base": load_base_pipeline(base), "trained": load_model(files.model, base)}
+    shards = LatentShards(files.latents, "validation", encoders_fingerprint(base))
+    data = DatasetManifest.read(files.dataset)
+    world, accuracies, relit, values = _world(data, shards.manifest), [], [], Values()
     # Before a method changes the pipelines' parts.
     if data.is_lit:
-        relit = relighting_accuracy(params, seed, pipelines, by_map=data.world == "lit_by_map")
+        relit = relighting_accuracy(params, seed, pipelines, data.world == "lit_by_map", values)
     elif world:
-        accuracies = prompt_accuracy(params, seed, pipelines, world)
-    numbers, table = _held_out_loss(params, seed, _build(method, pipelines, base, shards.manifest), pipelines, shards)
+        accuracies = prompt_accuracy(params, seed, pipelines, world, values)
+    models = _build(method, pipelines, base, shards.manifest)
+    numbers, table = _held_out_loss(params, seed, models, pipelines, shards, values)
     numbers |= {f"{row['prompts']}_{row['field']}_accuracy_{row['model']}": row["accuracy"] for row in accuracies}
     numbers |= _relighting_numbers(relit)
     if accuracies or relit:
         numbers["num_prompts"] = params.num_prompts
     for path, rows, first in (
-        (accuracy_table, accuracies, ["prompts", "field", "model", "accuracy"]),
-        (relighting_table, relit, ["metric", "model", "value"]),
+        (files.accuracy_table, accuracies, ["prompts", "field", "model", "accuracy"]),
+        (files.relighting_table, relit, ["metric", "model", "value"]),
     ):
         columns = [*first, "ci_low", "ci_high", "num"]
         write_text(path, pd.DataFrame(rows, columns=columns).to_csv(index=False, lineterminator="\n"))
-    write_text(loss_table, table.to_csv(index=False, lineterminator="\n"))
-    write_json(metrics, numbers)
+    write_text(files.loss_table, table.to_csv(index=False, lineterminator="\n"))
+    values.write(files.values)
+    write_json(files.metrics, numbers)
     for name, value in numbers.items():
         print(f"{name:40} {value:.5g}")
 
@@ -111,8 +121,12 @@ def _held_out_loss(
     models: dict[str, Method],
     pipelines: dict[str, DiffusionPipeline],
     shards: LatentShards,
+    values: Values,
 ) -> tuple[dict, pd.DataFrame]:
-    """The held-out loss of both models and their condition-use gaps, as numbers; the loss by timestep as a table."""
+    """The held-out loss of both models and their condition-use gaps, as numbers; the loss by timestep as a table.
+
+    The images' own values are added to `values`.
+    """
     base = pipelines["base"]
     held_out = HeldOut(
         shards,
@@ -132,6 +146,9 @@ def _held_out_loss(
 
     shards.check_columns(models["trained"].columns)
     losses = losses_of()
+    of_images = held_out.ids, held_out.captions, held_out.timesteps.tolist()
+    for name, found in losses.items():
+        values.add("held_out_loss", name, found, *of_images)
     gain = (losses["base"] - losses["trained"]).mean(axis=1)
     low, high = bootstrap_interval(gain, params.num_bootstrap, randomness.generator(seed, "bootstrap"))
     numbers = {
@@ -148,6 +165,8 @@ def _held_out_loss(
             gaps = {name: swapped - losses[name] for name, swapped in losses_of(condition).items()}
             gap, base_share = gaps["trained"].mean(), gaps["base"].mean() / losses["base"].mean()
             numbers |= _gap_numbers(params, seed, condition, gaps)
+            for name, found in gaps.items():
+                values.add(f"{condition}_gap", name, found, *of_images)
         if sentence := unused(condition, gap, losses["trained"].mean(), base_share):
             print(f"WARNING: {sentence}", file=sys.stderr)
     by_timestep = {name: values.mean(axis=0) for name, values in losses.items()}

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 
 from sdtrain.base import resolve_base
 from sdtrain.dataset import build_dataset
+from sdtrain.evaluate import EvaluateFiles, evaluate_model
 from sdtrain.ground.files import read_json, sha256_file, write_json
 from sdtrain.params.schema import Params
 from sdtrain.precompute import precompute_latents
@@ -67,6 +68,17 @@ class Workspace:
         files = self.files(out, base=base or self.base, latents=latents or self.latents)
         train(params, files)
         return Run(files.checkpoints, files.metrics, *map(pd.read_csv, (files.train_curve, files.validation_curve)))
+
+    def evaluate(self, model: Path, out: Path, params: Params, latents: Path | None = None) -> dict:
+        """The metrics of a model on the images that its run's validations had; the tables are in `out`, too."""
+        files = EvaluateFiles(
+            base=self.base, model=model, dataset=self.dataset, latents=latents or self.latents,
+            metrics=out / "evaluate.json", values=out / "values.parquet", loss_table=out / "loss.csv",
+            accuracy_table=out / "accuracy.csv", relighting_table=out / "relighting.csv",
+        )  # fmt: skip
+        asked = params.evaluate.model_copy(update={"max_samples": params.validation.max_samples})
+        evaluate_model(asked, params.method, params.seed, files)
+        return read_json(files.metrics)
 
     def files(self, out: Path, **places: Path) -> TrainFiles:
         """The paths of a run whose results are in `out`."""

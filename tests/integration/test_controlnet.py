@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from sdtrain import cli
 from sdtrain.base import resolve_base
 from sdtrain.data.shards import LatentShards, held_out_pictures
-from sdtrain.evaluate import evaluate_model
 from sdtrain.evaluation.held_out import HeldOut
 from sdtrain.export import export_model
 from sdtrain.ground.errors import InputError
@@ -225,25 +224,15 @@ def test_stock_diffusers_draws_with_it(hinted, model):
     assert not np.array_equal(draw(stock, image=image), draw(plain))
 
 
-def evaluated(hinted, model: Path, folder: Path) -> dict:
-    params = hinted.make_params()
-    evaluate_model(
-        params.evaluate.model_copy(update={"max_samples": params.validation.max_samples}), params.method, 0,
-        base=hinted.base, model=model, dataset=hinted.dataset, latents=hinted.latents,
-        metrics=folder / "e.json", loss_table=folder / "l.csv", accuracy_table=folder / "a.csv",
-        relighting_table=folder / "r.csv",
-    )  # fmt: skip
-    return read_json(folder / "e.json")
-
-
 def test_sample_and_evaluate_under_hints(hinted, controlnet, model, tmp_path):
-    numbers, summary = evaluated(hinted, model, tmp_path), json.loads(controlnet.metrics.read_text())
+    numbers = hinted.evaluate(model, tmp_path, hinted.make_params())
+    summary = json.loads(controlnet.metrics.read_text())
     assert numbers["held_out_loss_base"] == pytest.approx(summary["base_validation_loss"], rel=1e-5)
     assert numbers["held_out_loss_trained"] == pytest.approx(summary["best_validation_loss"], rel=1e-5)
     best = controlnet.validation_curve.set_index("step").loc[summary["best_step"]]
     assert numbers["hint_gap_base"] == 0
     assert numbers["hint_gap_trained"] == pytest.approx(best.gap_hint, rel=1e-3, abs=1e-7)
-    rows = pd.read_csv(tmp_path / "a.csv")
+    rows = pd.read_csv(tmp_path / "accuracy.csv")
     assert set(rows.prompts) == {"known", "empty"}  # nothing new is in this world
     assert set(rows[rows.prompts == "known"].field) == {"color", "shape", "style", "background", "hint"}
     assert set(rows[rows.prompts == "empty"].field) == {"hint"}

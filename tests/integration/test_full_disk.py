@@ -43,7 +43,7 @@ class FillingDisk:
                 module, "save_file", 1, lambda p: SafetensorError(f"I/O error: {os.strerror(28)} (os error 28)")
             )
         self._replace(Path, "mkdir", 0, no_space)
-        self._replace(Path, "write_text", 0, no_space)
+        self._replace(Path, "write_bytes", 0, no_space)
         self._replace(
             checkpoints.shutil, "copytree", 1, lambda p: shutil.Error([("a", str(p), f"[Errno 28] {os.strerror(28)}")])
         )
@@ -63,10 +63,10 @@ class FillingDisk:
                 if site not in self.failed:
                     self.failed.append(site)
                     self.told = True  # cleaning up writes nothing that may fail, too
-                    if name == "write_text":
-                        path.write_bytes(arguments[1].encode()[: len(arguments[1]) // 2])
+                    if name == "write_bytes":
+                        original(path, arguments[1][: len(arguments[1]) // 2])
                     elif name == "save_file":
-                        path.write_bytes(b"half")
+                        path.write_text("half")
                     raise error(path)
             return original(*arguments, **keywords)
 
@@ -86,7 +86,7 @@ def ended(main) -> str | None:
     "names",
     [
         {"save_file", "copytree"},
-        pytest.param({"save_file", "copytree", "mkdir", "write_text", "_flush"}, marks=pytest.mark.full),
+        pytest.param({"save_file", "copytree", "mkdir", "write_bytes", "_flush"}, marks=pytest.mark.full),
     ],
     ids=["weights", "all"],
 )
@@ -109,10 +109,10 @@ def test_every_write_of_a_run_may_fail_once(workspace, tmp_path, monkeypatch, na
     assert not disk.told
     text = "\n".join(disk.failed)
     for site in (
-        r"write_text resume/\w+/owner.json", r"save_file resume/\w+/step-00000001.*weights", r"save_file .*optimizer",
-        r"write_text .*state.json", r"write_text resume.*step.*SHA256SUMS", r"_flush resume/\w+/step",
+        r"write_bytes resume/\w+/owner.json", r"save_file resume/\w+/step-00000001.*weights", r"save_file .*optimizer",
+        r"write_bytes .*state.json", r"write_bytes resume.*step.*SHA256SUMS", r"_flush resume/\w+/step",
         r"save_file resume/\w+/checkpoints/.*ema", r"copytree checkpoints.*/best", r"save_file checkpoints.*last",
-        r"write_text train.csv", r"write_text train.json", r"write_text resume/\w+/finished.json",
+        r"write_bytes train.csv", r"write_bytes train.json", r"write_bytes resume/\w+/finished.json",
     ):  # fmt: skip
         assert re.search(site, text) or site.partition(" ")[0] not in names, text
     assert_same(out, tmp_path / "whole")
@@ -186,13 +186,13 @@ def test_the_outer_words_hold_and_the_inner_ones_fill_in(tmp_path):
 def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path, monkeypatch, write):
     path = tmp_path / "a"
     path.write_text("old")
-    original = Path.write_text
+    original = Path.write_bytes
 
-    def half(self, text, **keywords):
-        original(self, text[:1], **keywords)
+    def half(self, content):
+        original(self, content[:1])
         raise no_space(self)
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(DiskFullError, match=rf"to write {path} \("):
         write(path)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]

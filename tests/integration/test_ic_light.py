@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from sdtrain import cli
 from sdtrain.base import resolve_base
 from sdtrain.data import lit_scenes
-from sdtrain.evaluate import evaluate_model
 from sdtrain.export import export_model
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json, sha256_file, write_json
 from sdtrain.ground.headers import read_metadata
+from sdtrain.ground.values import read_values
 from sdtrain.methods import build_method
 from sdtrain.methods.checkpoints import load_checkpoint
 from sdtrain.models.ic_light import IcLightPipeline
@@ -243,23 +243,22 @@ def test_checkpoint_and_exports_draw_the_same(relit, trained, model):
 
 def test_sample_and_evaluate(relit, trained, model, tmp_path):
     params = relit.make_params(**VARIANTS["mlp"])
-    evaluate_model(
-        params.evaluate.model_copy(update={"max_samples": params.validation.max_samples}), params.method, 0,
-        base=relit.base, model=model, dataset=relit.dataset, latents=relit.latents, metrics=tmp_path / "e.json",
-        loss_table=tmp_path / "l.csv", accuracy_table=tmp_path / "a.csv", relighting_table=tmp_path / "r.csv",
-    )  # fmt: skip
-    numbers, summary = read_json(tmp_path / "e.json"), json.loads(trained.metrics.read_text())
+    numbers, summary = relit.evaluate(model, tmp_path, params), json.loads(trained.metrics.read_text())
     assert numbers["held_out_loss_base"] == pytest.approx(summary["base_validation_loss"], rel=1e-5)
     assert numbers["held_out_loss_trained"] == pytest.approx(summary["best_validation_loss"], rel=1e-5)
     assert numbers["foreground_gap_base"] == numbers["light_gap_base"] == 0
-    rows = pd.read_csv(tmp_path / "r.csv").set_index(["metric", "model"])
+    rows = pd.read_csv(tmp_path / "relighting.csv").set_index(["metric", "model"])
     metrics = {name.removesuffix("_trained") for name in numbers if name.endswith("_trained")}
     assert {*rows.index.get_level_values("metric")} < metrics
     assert {*rows.index.get_level_values("model")} == {"base", "trained", "copy", "vae"}
     assert rows.loc[("light_direction_accuracy", "vae"), "value"] == 1
     assert numbers["light_direction_accuracy_trained_num"] == 4
     assert ((rows.ci_low <= rows.value + 1e-9) & (rows.value <= rows.ci_high + 1e-9)).all()
-    assert pd.read_csv(tmp_path / "a.csv").empty
+    assert pd.read_csv(tmp_path / "accuracy.csv").empty
+    values = read_values((tmp_path / "values.parquet").read_bytes(), "values.parquet")
+    for (metric, name), value in values.groupby(["metric", "model"]).value.mean().items():
+        assert numbers[f"{metric}_{name}"] == pytest.approx(value, rel=1e-5), (metric, name)
+    assert {*rows.index.get_level_values("metric"), "held_out_loss", "text_gap", "foreground_gap"} <= {*values.metric}
     sample_grid(params.sample, 0, relit.base, relit.dataset, relit.latents, model, tmp_path / "samples")
     with Image.open(tmp_path / "samples" / "grid.png") as grid:
         captions = json.loads(grid.info["captions"])

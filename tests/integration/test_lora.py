@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from sdtrain import cli
 from sdtrain.base import resolve_base
-from sdtrain.evaluate import evaluate_model
 from sdtrain.export import export_model
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json
@@ -212,14 +211,7 @@ numpy.savez(out, **images)
 
 
 def evaluated(workspace, model: Path, folder: Path, **sections: dict) -> dict:
-    params = workspace.make_params(**changes(**sections))
-    evaluate_model(
-        params.evaluate.model_copy(update={"max_samples": params.validation.max_samples}), params.method, 0,
-        base=workspace.base, model=model, dataset=workspace.dataset, latents=workspace.latents,
-        metrics=folder / "e.json", loss_table=folder / "l.csv", accuracy_table=folder / "a.csv",
-        relighting_table=folder / "r.csv",
-    )  # fmt: skip
-    return read_json(folder / "e.json")
+    return workspace.evaluate(model, folder, workspace.make_params(**changes(**sections)))
 
 
 def test_sample_and_evaluate_compare_the_base_with_the_adapter(workspace, lora, model, run, tmp_path):

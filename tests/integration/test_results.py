@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -11,11 +12,13 @@ from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
 from sdtrain import cli
-from sdtrain.evaluate import evaluate_model
+from sdtrain.data.shards import LatentShards
 from sdtrain.export import export_model
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import sha256_json
 from sdtrain.ground.headers import read_metadata
+from sdtrain.ground.manifests import encoders_fingerprint
+from sdtrain.ground.values import read_values
 from sdtrain.sample import draw_grid, sample_grid
 
 
@@ -152,14 +155,8 @@ def test_grid_puts_each_image_in_its_place():
 
 
 def test_evaluate_writes_the_numbers_with_their_counts(workspace, model, tmp_path):
-    params = workspace.make_params().evaluate
-    evaluate_model(
-        params, workspace.make_params().method, 0,
-        base=workspace.base, model=model, dataset=workspace.dataset, latents=workspace.latents,
-        metrics=tmp_path / "e.json", loss_table=tmp_path / "loss.csv", accuracy_table=tmp_path / "accuracy.csv",
-        relighting_table=tmp_path / "relighting.csv",
-    )  # fmt: skip
-    numbers = json.loads((tmp_path / "e.json").read_text())
+    params = workspace.make_params(validation={"max_samples": 100})
+    numbers = workspace.evaluate(model, tmp_path, params)
     assert numbers["num_held_out"] == json.loads((workspace.folder / "dataset.json").read_text())["num_validation"]
     gain = numbers["held_out_loss_base"] - numbers["held_out_loss_trained"]
     assert numbers["held_out_loss_gain"] == pytest.approx(gain, abs=1e-9)
@@ -167,15 +164,30 @@ def test_evaluate_writes_the_numbers_with_their_counts(workspace, model, tmp_pat
     assert {f"known_color_accuracy_{name}" for name in ("base", "trained")} <= numbers.keys()
 
 
+def test_a_metric_is_the_mean_of_the_values_in_the_table(workspace, model, tmp_path):
+    params = workspace.make_params()
+    numbers = workspace.evaluate(model, tmp_path, params)
+    values = read_values((tmp_path / "values.parquet").read_bytes(), "values.parquet")
+    for (metric, name), value in values.groupby(["metric", "model"]).value.mean().items():
+        assert numbers[f"{metric}_{name}"] == pytest.approx(value, rel=1e-5), (metric, name)
+    assert {"held_out_loss", "text_gap", "known_color_accuracy", "new_color_accuracy"} <= {*values.metric}
+    losses = values[(values.metric == "held_out_loss") & (values.model == "trained")]
+    shards = LatentShards(workspace.latents, "validation", encoders_fingerprint(workspace.base))
+    captions = dict(zip(shards.ids, shards.captions, strict=True))
+    assert len(losses) == numbers["num_held_out"] * params.evaluate.num_timesteps
+    assert [captions[item] for item in losses.item] == losses.text.tolist()
+    table = pd.read_csv(tmp_path / "loss.csv").set_index("timestep")
+    assert losses.groupby("timestep").value.mean().tolist() == pytest.approx(table.trained.tolist(), rel=1e-5)
+    right = values[(values.metric == "known_color_accuracy") & (values.model == "base")]
+    assert right.item.tolist() == [f"known {number:04}" for number in range(params.evaluate.num_prompts)]
+    assert right.timestep.isna().all()
+    again = tmp_path / "again"
+    workspace.evaluate(model, again, params)
+    assert (again / "values.parquet").read_bytes() == (tmp_path / "values.parquet").read_bytes()
+
+
 def test_a_model_equal_to_its_base_gains_exactly_nothing(workspace, tmp_path):
-    evaluate_model(
-        workspace.make_params().evaluate, workspace.make_params().method, 0,
-        base=workspace.base, model=workspace.base, dataset=workspace.dataset,
-        latents=workspace.latents, metrics=tmp_path / "e.json", loss_table=tmp_path / "l.csv",
-        accuracy_table=tmp_path / "a.csv",
-        relighting_table=tmp_path / "r.csv",
-    )  # fmt: skip
-    numbers = json.loads((tmp_path / "e.json").read_text())
+    numbers = workspace.evaluate(workspace.base, tmp_path, workspace.make_params())
     assert numbers["held_out_loss_gain"] == numbers["held_out_loss_gain_ci_high"] == 0
     assert numbers["known_shape_accuracy_base"] == numbers["known_shape_accuracy_trained"]
 

@@ -145,15 +145,8 @@ def test_it_is_exported_and_evaluated(workspace, latents, whole, tmp_path):
     exported = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     for name, tensor in load_file(whole.checkpoints / "best" / WEIGHTS).items():
         assert torch.equal(exported[f"time_embedding.{name}"], tensor)
-    from sdtrain.evaluate import evaluate_model
-
-    evaluate_model(
-        params.evaluate.model_copy(update={"max_samples": params.validation.max_samples}), params.method, 0,
-        base=workspace.base, model=tmp_path / "model", dataset=workspace.dataset, latents=latents,
-        metrics=tmp_path / "e.json", loss_table=tmp_path / "loss.csv", accuracy_table=tmp_path / "accuracy.csv",
-        relighting_table=tmp_path / "relighting.csv",
-    )  # fmt: skip
-    numbers, summary = json.loads((tmp_path / "e.json").read_text()), json.loads(whole.metrics.read_text())
+    numbers = workspace.evaluate(tmp_path / "model", tmp_path, params, latents=latents)
+    summary = json.loads(whole.metrics.read_text())
     assert numbers["held_out_loss_trained"] == pytest.approx(summary["best_validation_loss"], rel=1e-5)
     assert numbers["held_out_loss_base"] == pytest.approx(summary["base_validation_loss"], rel=1e-5)
 

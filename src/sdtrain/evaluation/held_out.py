@@ -46,9 +46,10 @@ class HeldOut:
         max_samples: int,
         batch_size: int,
     ) -> None:
-        ids = shards.ids
+        ids, captions = shards.ids, shards.captions
         self._rows = sorted(shards.chosen(max_samples))
         self.ids = [ids[row] for row in self._rows]
+        self.captions = [captions[row] for row in self._rows]
         self.num_samples = len(self.ids)
         self.timesteps = mid_bin_timesteps(num_timesteps, num_train_timesteps)
         self.shards, self._scaling_factor, self._batch_size = shards, scaling_factor, batch_size

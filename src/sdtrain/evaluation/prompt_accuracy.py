@@ -15,6 +15,7 @@ from sdtrain.data.edges import canny_edges
 from sdtrain.data.images import square_pixels
 from sdtrain.ground import randomness
 from sdtrain.ground.statistics import bootstrap_interval, wilson_interval
+from sdtrain.ground.values import Values
 from sdtrain.models.pipelines import Conditions, drawn_px, generate
 from sdtrain.params.schema import EvaluateParams
 
@@ -53,9 +54,11 @@ class Question:
 
 
 def prompt_accuracy(
-    params: EvaluateParams, seed: int, pipelines: dict[str, DiffusionPipeline], world: World
+    params: EvaluateParams, seed: int, pipelines: dict[str, DiffusionPipeline], world: World, values: Values
 ) -> list[dict]:
     """Share of images that show what the prompt says, by field; with hints also hint accuracy, the field `hint`.
+
+    The images' own values are added to `values`.
 
     Of prompts with `new` concepts, colour is counted where the object's colour is new, shape where the shape is, style
     where the style is: what the base has never seen. For `known` prompts all fields that they name count. `empty`
@@ -79,9 +82,18 @@ def prompt_accuracy(
                 guidance_scale=params.guidance_scale,
                 batch_size=params.batch_size,
             )
-            for field, value, low, high, num in _measured(params, seed, kind, world, questions, images):
-                row = {"prompts": kind, "field": field, "model": name, "accuracy": value}
-                rows.append(row | {"ci_low": low, "ci_high": high, "num": num})
+            for field, found in _measured(kind, world, questions, images):
+                numbers = list(found)
+                right, items = np.array(list(found.values())), [f"{kind} {number:04}" for number in numbers]
+                prompts = [questions[number].prompt for number in numbers]
+                values.add(f"{kind}_{field}_accuracy", name, right, items, prompts)
+                if field == "hint":
+                    rng = randomness.generator(seed, f"{kind} hint bootstrap")
+                    low, high = bootstrap_interval(right, params.num_bootstrap, rng)
+                else:
+                    low, high = wilson_interval(int(right.sum()), len(right))
+                row = {"prompts": kind, "field": field, "model": name, "accuracy": float(right.mean())}
+                rows.append(row | {"ci_low": low, "ci_high": high, "num": len(right)})
     return rows
 
 
@@ -99,24 +111,23 @@ def _questions(params: EvaluateParams, seed: int, kind: str, world: World) -> li
 
 
 def _measured(
-    params: EvaluateParams, seed: int, kind: str, world: World, questions: list[Question], images: list[Image.Image]
-) -> Iterator[tuple[str, float, float, float, int]]:
-    """Field, value, 95 % interval and number of images."""
+    kind: str, world: World, questions: list[Question], images: list[Image.Image]
+) -> Iterator[tuple[str, dict[int, float]]]:
+    """By field, the values of the images that count, by their number."""
     shown = [scenes.measure(image) for image in images]
     for field in _FIELDS:
         if kind == "empty" or (world.free and field in ("size", "position")):
             continue
-        right = [
-            found is not None and asdict(found)[field] == asdict(asked.scene)[field]
-            for asked, found in zip(questions, shown, strict=True)
+        right = {
+            number: float(found is not None and asdict(found)[field] == asdict(asked.scene)[field])
+            for number, (asked, found) in enumerate(zip(questions, shown, strict=True))
             if kind == "known" or field not in scenes.NEW or asdict(asked.scene)[field] in scenes.NEW[field]
-        ]
+        }
         if right:
-            yield field, float(np.mean(right)), *wilson_interval(sum(right), len(right)), len(right)
+            yield field, right
     if world.hint:
-        overlaps = np.array([_overlap(asked, image) for asked, image in zip(questions, images, strict=True)])
-        rng = randomness.generator(seed, f"{kind} hint bootstrap")
-        yield "hint", float(overlaps.mean()), *bootstrap_interval(overlaps, params.num_bootstrap, rng), len(overlaps)
+        pairs = enumerate(zip(questions, images, strict=True))
+        yield "hint", {number: _overlap(asked, image) for number, (asked, image) in pairs}
 
 
 def _overlap(asked: Question, image: Image.Image) -> float:

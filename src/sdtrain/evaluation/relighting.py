@@ -19,6 +19,7 @@ from sdtrain.data.scenes import SIZE_PX
 from sdtrain.evaluation import light_measures as measures
 from sdtrain.ground import randomness
 from sdtrain.ground.statistics import bootstrap_interval, wilson_interval
+from sdtrain.ground.values import Values
 from sdtrain.models.pipelines import Conditions, drawn_px, generate, seen_by
 from sdtrain.params.schema import EvaluateParams
 
@@ -92,9 +93,11 @@ def relight(pipeline: DiffusionPipeline, questions: list[Question], by_map: bool
 
 
 def relighting_accuracy(
-    params: EvaluateParams, seed: int, pipelines: dict[str, DiffusionPipeline], by_map: bool
+    params: EvaluateParams, seed: int, pipelines: dict[str, DiffusionPipeline], by_map: bool, values: Values
 ) -> list[dict]:
     """A row for each metric and model (`base`, `trained`, `copy`, `vae`): value, 95 % interval, number.
+
+    The scenes' own values are added to `values`.
 
     Over scenes under one light: `light_direction_accuracy` (right within 45°), `light_direction_error_deg`,
     `albedo_error` and its `albedo_chroma_error`, `color_accuracy` (the object keeps its named colour),
@@ -111,10 +114,14 @@ def relighting_accuracy(
     drawn["vae"] = _round_trip(pipelines["trained"], truths, params.batch_size)
     rows = []
     for name, images in drawn.items():
-        values = _measure(singles, images[: len(singles)])
-        rest = images[len(singles) :]
-        values |= _measure_triples(triples, [rest[start : start + 3] for start in range(0, len(rest), 3)])
-        for metric, value, low, high, num in _summary(params, seed, values):
+        one_light, rest = _measure(singles, images[: len(singles)]), images[len(singles) :]
+        two_lights = _measure_triples(triples, [rest[start : start + 3] for start in range(0, len(rest), 3)])
+        for measured, questions in ((one_light, singles), (two_lights, [triple[-1] for triple in triples])):
+            items = [f"scene {number:04}" for number in range(len(questions))]
+            texts = [lit_scenes.caption(asked.example.lit, asked.light_name) for asked in questions]
+            for metric, found in measured.items():
+                values.add(metric, name, found, items, texts)
+        for metric, value, low, high, num in _summary(params, seed, one_light | two_lights):
             rows.append({"metric": metric, "model": name, "value": value, "ci_low": low, "ci_high": high, "num": num})
     return rows
 

@@ -68,12 +68,17 @@ def _flush(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write to a temporary name and rename, so that a reader never sees half a file."""
     partial = path.with_name(path.name + PARTIAL)
     with disk_errors_explained(str(path), path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_bytes(content)
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
