@@ -32,7 +32,7 @@ class TimeEmbedding:
         self.logged = ("denoising", "consistency")
 
     def predict(self, model, noisy_latents, timesteps, batch, brightness=1.0):
-        text = encode_text(self._parts.text_encoder, batch.input_ids)
+        text = encode_text(self._parts.text_encoder, batch)
         return model(noisy_latents, timesteps, text + brightness * batch.columns["brightness"][:, None]).sample
 
     def denoising(self, model, batch, objective):

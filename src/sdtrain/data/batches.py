@@ -25,11 +25,13 @@ class Batch:
     timesteps: Tensor
     """int64 [B]."""
     input_ids: Tensor
-    """Token ids of the captions, int64 [B, L]."""
+    """Token ids of the captions, int64 [B, L]; or with `caption_rows` of K distinct ones, [K, L]."""
     seeds: list[int]
     """One for each row: what a method draws of its own follows from it, and so depends on no split of the batch."""
     columns: dict[str, Tensor] = field(default_factory=dict)
     """Further columns of the cache that the method needs, by name, [B, ...]."""
+    caption_rows: Tensor | None = None
+    """Where several rows have one caption: the row of `input_ids` that is each one's, int64 [B]."""
 
 
 class BatchMaker:

@@ -27,9 +27,10 @@ TEXT = "text"
 
 
 class HeldOut:
-    """Held-out images, noised the same way at every call of `losses`.
+    """Held-out images, noised the same way at every call of `losses`; or a split's others, to compare with them.
 
     Args:
+        shards: the split whose images are asked about.
         num_train_timesteps: T of the noise schedule.
         num_timesteps: number of bins, and of noised versions of each image.
         max_samples: images used, as `LatentShards.chosen` picks them.
@@ -46,18 +47,28 @@ class HeldOut:
         max_samples: int,
         batch_size: int,
     ) -> None:
-        ids, captions = shards.ids, shards.captions
+        ids = shards.ids
         self._rows = sorted(shards.chosen(max_samples))
         self.ids = [ids[row] for row in self._rows]
-        self.captions = [captions[row] for row in self._rows]
         self.num_samples = len(self.ids)
         self.timesteps = mid_bin_timesteps(num_timesteps, num_train_timesteps)
         self.shards, self._scaling_factor, self._batch_size = shards, scaling_factor, batch_size
         self._donors: dict[str, list[int]] = {}
 
+    @property
+    def captions(self) -> list[str]:
+        """The images' captions."""
+        captions = self.shards.captions
+        return [captions[row] for row in self._rows]
+
     @torch.no_grad()
     def losses(
-        self, method: Method, scheduler: SchedulerMixin, part: tuple[int, int] = (0, 1), swapped: str | None = None
+        self,
+        method: Method,
+        scheduler: SchedulerMixin,
+        part: tuple[int, int] = (0, 1),
+        swapped: str | None = None,
+        null_ids: Tensor | None = None,
     ) -> Tensor:
         """Squared error of ε, float32 [num_samples, num_timesteps] on the method's device. Changes no random state.
 
@@ -65,6 +76,7 @@ class HeldOut:
             scheduler: the noise schedule and prediction type that the weights were trained with.
             part: (k, n) computes every n-th row from the k-th on and leaves the others 0, for n processes to sum.
             swapped: of `conditions_of(method)`, the one that each image takes from another.
+            null_ids: token ids of the empty caption, int64 [L], to take the place of every image's.
         """
         model, num_bins = method.trained, len(self.timesteps)
         device = next(model.parameters()).device
@@ -76,7 +88,7 @@ class HeldOut:
         mine = range(part[0], len(pairs), part[1])
         for start in range(0, len(mine), self._batch_size):
             places = list(mine[start : start + self._batch_size])
-            batch = self._batch([pairs[place] for place in places], tuple(method.columns), swapped, device)
+            batch = self._batch([pairs[place] for place in places], tuple(method.columns), swapped, null_ids, device)
             noisy_latents = add_noise(batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
             model_pred = method.predict(model, noisy_latents, batch.timesteps, batch).float()
             epsilon = to_epsilon(model_pred, noisy_latents, batch.timesteps, alphas_cumprod, prediction_type)
@@ -89,17 +101,27 @@ class HeldOut:
         return self._donors_of(condition) != self._rows
 
     def _batch(
-        self, pairs: list[tuple[int, int]], columns: tuple[str, ...], swapped: str | None, device: torch.device
+        self,
+        pairs: list[tuple[int, int]],
+        columns: tuple[str, ...],
+        swapped: str | None,
+        null_ids: Tensor | None,
+        device: torch.device,
     ) -> Batch:
-        """The rows of (sample, bin) `pairs`, with the posterior's mean as the latent."""
-        rows = [self._row(sample, columns, swapped) for sample, _ in pairs]
+        """The rows of (sample, bin) `pairs`, with the posterior's mean as the latent; each caption once."""
+        samples = list(dict.fromkeys(sample for sample, _ in pairs))
+        rows = [self._row(sample, columns, swapped) for sample in samples]
         cached = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
-        latents = cached["mean"] * self._scaling_factor
+        of_pair = torch.tensor([samples.index(sample) for sample, _ in pairs], device=device)
+        input_ids, caption_rows = cached.pop("input_ids"), of_pair
+        if null_ids is not None:
+            input_ids, caption_rows = null_ids[None].to(device), torch.zeros_like(of_pair)
+        of_pairs = {name: tensor[of_pair] for name, tensor in cached.items()}
+        latents = of_pairs.pop("mean") * self._scaling_factor
         noise = torch.stack([self._noise(sample, bin, latents.shape[1:]) for sample, bin in pairs]).to(device)
         timesteps = self.timesteps[[bin for _, bin in pairs]].to(device)
-        extra = {name: cached[name] for name in columns}
         seeds = [randomness.integer(0, "held-out method's own", self._place(sample), bin) for sample, bin in pairs]
-        return Batch(latents, noise, noise, timesteps, cached["input_ids"], seeds, extra)
+        return Batch(latents, noise, noise, timesteps, input_ids, seeds, of_pairs, caption_rows)
 
     def _row(self, sample: int, columns: tuple[str, ...], swapped: str | None) -> dict[str, Tensor]:
         row = self.shards.read(self._rows[sample], "mean", "input_ids", *columns)

@@ -44,7 +44,7 @@ class ControlNet:
         self.losses = (denoising_loss(self.predict),)
 
     def predict(self, model: nn.Module, noisy_latents: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
-        text, hint = encode_text(self._parts.text_encoder, batch.input_ids), batch.columns["hint"] / 255
+        text, hint = encode_text(self._parts.text_encoder, batch), batch.columns["hint"] / 255
         down, mid = model(noisy_latents, timesteps, text, controlnet_cond=hint, return_dict=False)
         return self._parts.unet(
             noisy_latents,

@@ -129,7 +129,7 @@ class IcLight:
             self.losses = (self._loss_under_three_lights,)
 
     def predict(self, model: nn.Module, noisy_latents: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
-        text = encode_text(self._parts.text_encoder, batch.input_ids)
+        text = encode_text(self._parts.text_encoder, batch)
         return model(noisy_latents, timesteps, text, self._seen(batch), batch.columns.get("light"))
 
     def save(self, folder: Path) -> None:
@@ -198,7 +198,7 @@ class IcLight:
             light_1, clean = light * _light_masks(batch), [batch.latents] * 3
         all_timesteps = timesteps.repeat(3)
         noisy_latents = add_noise(torch.cat(clean), batch.input_noise.repeat(3, 1, 1, 1), all_timesteps, alphas_cumprod)
-        text = encode_text(self._parts.text_encoder, batch.input_ids).repeat(3, 1, 1)
+        text = encode_text(self._parts.text_encoder, batch).repeat(3, 1, 1)
 
         def errors(model_pred: Tensor) -> tuple[Tensor, Tensor]:
             return self._consistency_errors(model_pred.float(), noisy_latents, batch, objective)

@@ -121,13 +121,14 @@ def predict_from_text(
     text_encoder: CLIPTextModel, unet: nn.Module, noisy_latents: Tensor, timesteps: Tensor, batch: Batch
 ) -> Tensor:
     """What a UNet predicts under the captions alone."""
-    return unet(noisy_latents, timesteps, encode_text(text_encoder, batch.input_ids)).sample
+    return unet(noisy_latents, timesteps, encode_text(text_encoder, batch)).sample
 
 
-def encode_text(text_encoder: CLIPTextModel, input_ids: Tensor) -> Tensor:
+def encode_text(text_encoder: CLIPTextModel, batch: Batch) -> Tensor:
     """The frozen encoder's hidden states, float32 [B, L, D], whatever precision the caller computes in."""
-    with torch.no_grad(), in_fp32(input_ids.device.type):
-        return text_encoder(input_ids).last_hidden_state
+    with torch.no_grad(), in_fp32(batch.input_ids.device.type):
+        hidden_states = text_encoder(batch.input_ids).last_hidden_state
+        return hidden_states if batch.caption_rows is None else hidden_states[batch.caption_rows]
 
 
 @contextmanager
