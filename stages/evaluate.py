@@ -11,6 +11,7 @@ def main() -> None:
     lease_gpus()
     files = EvaluateFiles(
         base=paths.BASE,
+        checkpoints=paths.CHECKPOINTS,
         model=paths.MODEL,
         dataset=paths.DATASET,
         latents=paths.LATENTS,

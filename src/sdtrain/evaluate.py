@@ -1,27 +1,24 @@
 """Metrics on held-out data: loss and condition use of base and trained, and how right generated scenes are drawn."""
 
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from diffusers import DiffusionPipeline
 
 from sdtrain.data.shards import LatentShards
-from sdtrain.evaluation.condition_use import unused
-from sdtrain.evaluation.held_out import HeldOut, conditions_of
+from sdtrain.evaluation.held_out import HeldOut
+from sdtrain.evaluation.loss_metrics import Denoiser, loss_metrics
 from sdtrain.evaluation.prompt_accuracy import World, prompt_accuracy
 from sdtrain.evaluation.relighting import relighting_accuracy
-from sdtrain.ground import randomness
 from sdtrain.ground.files import write_json, write_text
 from sdtrain.ground.manifests import DatasetManifest, LatentsManifest, encoders_fingerprint
-from sdtrain.ground.statistics import bootstrap_interval
 from sdtrain.ground.values import Values
 from sdtrain.methods import build_method, first_parts
-from sdtrain.methods.method import Method
+from sdtrain.methods.checkpoints import is_checkpoint, load_checkpoint
 from sdtrain.models.ic_light import IcLightPipeline
-from sdtrain.models.parts import load_others, parts_of
+from sdtrain.models.parts import load_others, parts_of, pick_device, tokenize
 from sdtrain.models.trained import load_base_pipeline, load_model
 from sdtrain.params.schema import EvaluateParams, Section
 
@@ -31,6 +28,7 @@ class EvaluateFiles:
     """Where an evaluation reads and writes."""
 
     base: Path
+    checkpoints: Path
     model: Path
     dataset: Path
     latents: Path
@@ -62,8 +60,19 @@ def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: Ev
         relit = relighting_accuracy(params, seed, pipelines, data.world == "lit_by_map", values)
     elif world:
         accuracies = prompt_accuracy(params, seed, pipelines, world, values)
-    models = _build(method, pipelines, base, shards.manifest)
-    numbers, table = _held_out_loss(params, seed, models, pipelines, shards, values)
+    models = _denoisers(method, pipelines, base, shards.manifest)
+    pipeline = pipelines["base"]
+    held_out = HeldOut(
+        shards,
+        pipeline.vae.config.scaling_factor,
+        num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
+        num_timesteps=params.num_timesteps,
+        max_samples=params.max_samples,
+        batch_size=params.batch_size,
+    )
+    null_ids = tokenize(pipeline.tokenizer, [""])[0]
+    checkpoints = _checkpoints(files.checkpoints, base)
+    numbers, table = loss_metrics(params, seed, models, checkpoints, held_out, null_ids, values)
     numbers |= {f"{row['prompts']}_{row['field']}_accuracy_{row['model']}": row["accuracy"] for row in accuracies}
     numbers |= _relighting_numbers(relit)
     if accuracies or relit:
@@ -99,9 +108,9 @@ def _world(dataset: DatasetManifest, latents: LatentsManifest) -> World | None:
     return World(free=dataset.world == "free_shapes", has_new=has_new, hint=hint)
 
 
-def _build(
+def _denoisers(
     params: Section, pipelines: dict[str, DiffusionPipeline], base: Path, latents: LatentsManifest
-) -> dict[str, Method]:
+) -> dict[str, Denoiser]:
     """The method around each pipeline's parts; the base counts as the method before its first step."""
     built = {}
     for name, pipeline in pipelines.items():
@@ -109,74 +118,17 @@ def _build(
         if name == "base" and not isinstance(pipeline, IcLightPipeline):  # which has what the method starts from
             parts.others |= load_others(base, first_parts(params, base))
             parts.set_resolution(latents.params["resolution"])
-        built[name] = build_method(params, parts)
-        for module in (*parts.modules(), built[name].trained):
+        built[name] = Denoiser(build_method(params, parts), parts.scheduler)
+        for module in (*parts.modules(), built[name].method.trained):
             module.to(pipeline.device)
     return built
 
 
-def _held_out_loss(
-    params: EvaluateParams,
-    seed: int,
-    models: dict[str, Method],
-    pipelines: dict[str, DiffusionPipeline],
-    shards: LatentShards,
-    values: Values,
-) -> tuple[dict, pd.DataFrame]:
-    """The held-out loss of both models and their condition-use gaps, as numbers; the loss by timestep as a table.
-
-    The images' own values are added to `values`.
-    """
-    base = pipelines["base"]
-    held_out = HeldOut(
-        shards,
-        base.vae.config.scaling_factor,
-        num_train_timesteps=base.scheduler.config.num_train_timesteps,
-        num_timesteps=params.num_timesteps,
-        max_samples=params.max_samples,
-        batch_size=params.batch_size,
-    )
-
-    def losses_of(swapped: str | None = None) -> dict[str, np.ndarray]:
-        """By model, float64 [images, timesteps]."""
-        return {
-            name: held_out.losses(method, pipelines[name].scheduler, swapped=swapped).double().cpu().numpy()
-            for name, method in models.items()
-        }
-
-    shards.check_columns(models["trained"].columns)
-    losses = losses_of()
-    of_images = held_out.ids, held_out.captions, held_out.timesteps.tolist()
-    for name, found in losses.items():
-        values.add("held_out_loss", name, found, *of_images)
-    gain = (losses["base"] - losses["trained"]).mean(axis=1)
-    low, high = bootstrap_interval(gain, params.num_bootstrap, randomness.generator(seed, "bootstrap"))
-    numbers = {
-        "held_out_loss_base": losses["base"].mean(),
-        "held_out_loss_trained": losses["trained"].mean(),
-        "held_out_loss_gain": gain.mean(),
-        "held_out_loss_gain_ci_low": low,
-        "held_out_loss_gain_ci_high": high,
-        "num_held_out": held_out.num_samples,
-    }
-    for condition in conditions_of(models["trained"]):
-        gap, base_share = None, None
-        if held_out.differs(condition):
-            gaps = {name: swapped - losses[name] for name, swapped in losses_of(condition).items()}
-            gap, base_share = gaps["trained"].mean(), gaps["base"].mean() / losses["base"].mean()
-            numbers |= _gap_numbers(params, seed, condition, gaps)
-            for name, found in gaps.items():
-                values.add(f"{condition}_gap", name, found, *of_images)
-        if sentence := unused(condition, gap, losses["trained"].mean(), base_share):
-            print(f"WARNING: {sentence}", file=sys.stderr)
-    by_timestep = {name: values.mean(axis=0) for name, values in losses.items()}
-    table = pd.DataFrame({"timestep": held_out.timesteps.numpy(), **by_timestep})
-    return {name: int(n) if name == "num_held_out" else float(n) for name, n in numbers.items()}, table
-
-
-def _gap_numbers(params: EvaluateParams, seed: int, condition: str, gaps: dict[str, np.ndarray]) -> dict[str, float]:
-    """The condition-use gap of both models, and the trained one's 95 % interval over images."""
-    rng = randomness.generator(seed, f"{condition} gap bootstrap")
-    low, high = bootstrap_interval(gaps["trained"].mean(axis=1), params.num_bootstrap, rng)
-    numbers = {f"{condition}_gap_{name}": values.mean() for name, values in gaps.items()}
-    return numbers | {f"{condition}_gap_trained_ci_low": low, f"{condition}_gap_trained_ci_high": high}
+def _checkpoints(folder: Path, base: Path) -> Iterator[tuple[str, Denoiser]]:
+    """All kept checkpoints' weights, e.g. `best_ema`, one at a time."""
+    for checkpoint in sorted(path for path in folder.iterdir() if is_checkpoint(path)):
+        for weights in ("raw", "ema"):
+            if (checkpoint / weights).exists():
+                method, scheduler, _ = load_checkpoint(checkpoint, weights, base)
+                method.pipeline(scheduler).to(pick_device())
+                yield f"{checkpoint.name.replace('-', '_')}_{weights}", Denoiser(method, scheduler)

@@ -69,10 +69,15 @@ class Workspace:
         train(params, files)
         return Run(files.checkpoints, files.metrics, *map(pd.read_csv, (files.train_curve, files.validation_curve)))
 
-    def evaluate(self, model: Path, out: Path, params: Params, latents: Path | None = None) -> dict:
+    def evaluate(
+        self, model: Path, out: Path, params: Params, checkpoints: Path | None = None, latents: Path | None = None
+    ) -> dict:
         """The metrics of a model on the images that its run's validations had; the tables are in `out`, too."""
+        if checkpoints is None:
+            checkpoints = out / "none"
+            checkpoints.mkdir(parents=True)
         files = EvaluateFiles(
-            base=self.base, model=model, dataset=self.dataset, latents=latents or self.latents,
+            base=self.base, checkpoints=checkpoints, model=model, dataset=self.dataset, latents=latents or self.latents,
             metrics=out / "evaluate.json", values=out / "values.parquet", loss_table=out / "loss.csv",
             accuracy_table=out / "accuracy.csv", relighting_table=out / "relighting.csv",
         )  # fmt: skip

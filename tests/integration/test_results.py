@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from sdtrain import cli
 from sdtrain.data.shards import LatentShards
 from sdtrain.export import export_model
+from sdtrain.ground.diffusion import signal_to_noise_ratio
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import sha256_json
 from sdtrain.ground.headers import read_metadata
 from sdtrain.ground.manifests import encoders_fingerprint
 from sdtrain.ground.values import read_values
+from sdtrain.models.parts import load_parts
 from sdtrain.sample import draw_grid, sample_grid
 
 
@@ -164,13 +167,17 @@ def test_evaluate_writes_the_numbers_with_their_counts(workspace, model, tmp_pat
     assert {f"known_color_accuracy_{name}" for name in ("base", "trained")} <= numbers.keys()
 
 
-def test_a_metric_is_the_mean_of_the_values_in_the_table(workspace, model, tmp_path):
-    params = workspace.make_params()
-    numbers = workspace.evaluate(model, tmp_path, params)
+def test_a_metric_is_the_mean_of_the_values_in_the_table(workspace, run, model, tmp_path):
+    params = workspace.make_params(evaluate={"num_timesteps": 8})
+    numbers = workspace.evaluate(model, tmp_path, params, run.checkpoints)
     values = read_values((tmp_path / "values.parquet").read_bytes(), "values.parquet")
     for (metric, name), value in values.groupby(["metric", "model"]).value.mean().items():
         assert numbers[f"{metric}_{name}"] == pytest.approx(value, rel=1e-5), (metric, name)
     assert {"held_out_loss", "text_gap", "known_color_accuracy", "new_color_accuracy"} <= {*values.metric}
+    models = {*values[values.metric == "held_out_loss"].model}
+    assert models == {"base", "trained", "best_raw", "best_ema", "last_raw", "last_ema"}
+    assert numbers["held_out_loss_best_ema"] == pytest.approx(numbers["held_out_loss_trained"], rel=1e-6)
+    assert numbers["held_out_loss_last_raw"] != numbers["held_out_loss_last_ema"]
     losses = values[(values.metric == "held_out_loss") & (values.model == "trained")]
     shards = LatentShards(workspace.latents, "validation", encoders_fingerprint(workspace.base))
     captions = dict(zip(shards.ids, shards.captions, strict=True))
@@ -178,11 +185,17 @@ def test_a_metric_is_the_mean_of_the_values_in_the_table(workspace, model, tmp_p
     assert [captions[item] for item in losses.item] == losses.text.tolist()
     table = pd.read_csv(tmp_path / "loss.csv").set_index("timestep")
     assert losses.groupby("timestep").value.mean().tolist() == pytest.approx(table.trained.tolist(), rel=1e-5)
+    snr = signal_to_noise_ratio(load_parts(workspace.base).scheduler.alphas_cumprod)[table.index].numpy()
+    weights = np.minimum(snr, 5) / snr
+    assert weights[0] < 0.5 < weights[-1] == 1
+    expected = (weights * table.trained).sum() / weights.sum()
+    assert numbers["held_out_loss_min_snr_trained"] == pytest.approx(expected, rel=1e-5)
+    assert numbers["held_out_loss_min_snr_trained"] != pytest.approx(numbers["held_out_loss_trained"], rel=1e-2)
     right = values[(values.metric == "known_color_accuracy") & (values.model == "base")]
     assert right.item.tolist() == [f"known {number:04}" for number in range(params.evaluate.num_prompts)]
     assert right.timestep.isna().all()
     again = tmp_path / "again"
-    workspace.evaluate(model, again, params)
+    workspace.evaluate(model, again, params, run.checkpoints)
     assert (again / "values.parquet").read_bytes() == (tmp_path / "values.parquet").read_bytes()
 
 

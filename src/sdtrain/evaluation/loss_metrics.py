@@ -1,0 +1,104 @@
+"""What `evaluate` says of the held-out loss: of all models, by timestep, without text, weighted, and by condition."""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from sdtrain.evaluation.condition_use import unused
+from sdtrain.evaluation.held_out import HeldOut, conditions_of
+from sdtrain.ground import randomness
+from sdtrain.ground.diffusion import min_snr_weights
+from sdtrain.ground.statistics import bootstrap_interval
+from sdtrain.ground.values import Values
+from sdtrain.methods.method import Method
+from sdtrain.params.schema import EvaluateParams
+
+_MIN_SNR_GAMMA = 5.0
+"""Hang et al. 2023."""
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A model whose loss can be measured."""
+
+    method: Method
+    scheduler: DDPMScheduler
+    """The noise schedule and prediction type that it was trained with."""
+
+
+def loss_metrics(
+    params: EvaluateParams,
+    seed: int,
+    models: dict[str, Denoiser],
+    checkpoints: Iterable[tuple[str, Denoiser]],
+    held_out: HeldOut,
+    null_ids: Tensor,
+    values: Values,
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """Numbers of the held-out loss, and the loss of `base` and `trained` by timestep, as a table.
+
+    - `held_out_loss_<model>` of all models, and `held_out_loss_gain` with a 95 % interval over images: of these two
+      checkpoints, it says nothing of the recipes that made them.
+    - `held_out_loss_null_text_<model>`: without any caption.
+    - `held_out_loss_min_snr_<model>`: the mean over timesteps weighted by min(SNR, 5)/SNR, of weights that add up to 1.
+    - `<condition>_gap_<model>`: the condition-use gap. A condition that isn't used is also told on stderr.
+
+    The images' own values are added to `values`.
+
+    Args:
+        models: `base` and `trained`.
+        checkpoints: others, by name, of which only the loss itself is measured; taken one by one.
+        null_ids: token ids of the empty caption, int64 [L].
+    """
+    trained = models["trained"]
+    held_out.shards.check_columns(trained.method.columns)
+    of_images = held_out.ids, held_out.captions, held_out.timesteps.tolist()
+
+    def losses_of(model: Denoiser, **question) -> np.ndarray:
+        """float64 [images, timesteps]."""
+        return held_out.losses(model.method, model.scheduler, **question).double().cpu().numpy()
+
+    losses = {name: losses_of(model) for name, model in models.items()}
+    losses |= {name: losses_of(model) for name, model in checkpoints}
+    for name, found in losses.items():
+        values.add("held_out_loss", name, found, *of_images)
+    gain = (losses["base"] - losses["trained"]).mean(axis=1)
+    low, high = bootstrap_interval(gain, params.num_bootstrap, randomness.generator(seed, "bootstrap"))
+    numbers = {f"held_out_loss_{name}": found.mean() for name, found in losses.items()}
+    numbers |= {"held_out_loss_gain": gain.mean(), "held_out_loss_gain_ci_low": low, "held_out_loss_gain_ci_high": high}
+    for name, model in models.items():
+        without = losses_of(model, null_ids=null_ids)
+        values.add("held_out_loss_null_text", name, without, *of_images)
+        numbers[f"held_out_loss_null_text_{name}"] = without.mean()
+        numbers[f"held_out_loss_min_snr_{name}"] = losses[name].mean(axis=0) @ _min_snr(held_out, model.scheduler)
+    for condition in conditions_of(trained.method):
+        gap, base_share = None, None
+        if held_out.differs(condition):
+            gaps = {name: losses_of(model, swapped=condition) - losses[name] for name, model in models.items()}
+            gap, base_share = gaps["trained"].mean(), gaps["base"].mean() / losses["base"].mean()
+            numbers |= _gap_numbers(params, seed, condition, gaps)
+            for name, found in gaps.items():
+                values.add(f"{condition}_gap", name, found, *of_images)
+        if sentence := unused(condition, gap, losses["trained"].mean(), base_share):
+            print(f"WARNING: {sentence}", file=sys.stderr)
+    table = pd.DataFrame({"timestep": of_images[-1], **{name: losses[name].mean(axis=0) for name in models}})
+    return {name: float(number) for name, number in numbers.items()} | {"num_held_out": held_out.num_samples}, table
+
+
+def _min_snr(held_out: HeldOut, scheduler: DDPMScheduler) -> np.ndarray:
+    """The timesteps' weights of ε's error, float64 [timesteps], which add up to 1."""
+    weights = min_snr_weights(held_out.timesteps, scheduler.alphas_cumprod, _MIN_SNR_GAMMA, "epsilon").double().numpy()
+    return weights / weights.sum()
+
+
+def _gap_numbers(params: EvaluateParams, seed: int, condition: str, gaps: dict[str, np.ndarray]) -> dict[str, float]:
+    """The condition-use gap of both models, and the trained one's 95 % interval over images."""
+    rng = randomness.generator(seed, f"{condition} gap bootstrap")
+    low, high = bootstrap_interval(gaps["trained"].mean(axis=1), params.num_bootstrap, rng)
+    numbers = {f"{condition}_gap_{name}": values.mean() for name, values in gaps.items()}
+    return numbers | {f"{condition}_gap_trained_ci_low": low, f"{condition}_gap_trained_ci_high": high}
