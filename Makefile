@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test test-full clean
+.PHONY: help setup repro tensorboard test test-full clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -21,13 +21,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 repro: setup  ## Run the pipeline that params.yaml describes
 	dvc repro
 
+tensorboard: setup  ## Show all runs, also while they train, each as DATE-TIME-EXPERIMENT
+	tensorboard --logdir runs
+
+# A process of tests for each core, up to four, with one thread each; a file's tests stay in one process, slow files first.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: setup  ## Check the style and run the tests
 	ruff check .
-	python -m pytest
+	$(PYTEST)
 
 test-full: setup  ## Everything, the long tests too
 	ruff check .
-	python -m pytest -m ""
+	$(PYTEST) -m ""
 
 clean:  ## Remove .venv and the trackers' runs; data, saved states and the DVC cache stay
 	rm -rf $(VENV) runs

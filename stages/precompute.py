@@ -1,12 +1,12 @@
 """Encode images with the VAE and captions with the tokenizer: data/latents."""
 
-from sdtrain.params.machine import load_trainable_params
 from sdtrain.precompute import precompute_latents
 from stages import paths, run
+from stages.lease import load_params_and_lease
 
 
 def main() -> None:
-    params = load_trainable_params(paths.PARAMS)
+    params = load_params_and_lease(paths.PARAMS)
     precompute_latents(
         params.precompute,
         params.seed,

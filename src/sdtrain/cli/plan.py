@@ -63,6 +63,7 @@ def _files(options: argparse.Namespace) -> "TrainFiles":
         train_curve=metrics / "train.csv",
         speed_curve=metrics / "train_speed.csv",
         validation_curve=metrics / "validation.csv",
+        validation_images=Path("plots/validation"),
         runs=root / "runs",
         states=root / ".dvc" / "tmp" / "resume",
     )

@@ -27,13 +27,29 @@ def load_params(path: Path) -> Params:
     Raises:
         InputError: one message that names every fault: key, value, what is wrong, nearest name.
     """
+    return check_params(load_tree(path), name=str(path))
+
+
+def load_tree(path: Path) -> object:
+    """Read a params file as a YAML tree, without checking it.
+
+    Raises:
+        InputError: it isn't there, or isn't YAML.
+    """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml12Loader)
+        return parse_yaml(path.read_text(encoding="utf-8"), name=str(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; run the command from the project's root") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
-    return check_params(tree, name=str(path))
+
+
+def parse_yaml(text: str, name: str) -> object:
+    """Parse YAML as params files are read; an `InputError` begins with `name`."""
+    try:
+        return yaml.load(text, Loader=_Yaml12Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{name}: not valid YAML: {error}") from None
 
 
 def check_params(tree: object, name: str = "params.yaml", schema: type[Params] = Params) -> Params:

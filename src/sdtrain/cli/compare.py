@@ -1,0 +1,75 @@
+"""`sdtrain compare`: which recipe is better, over training seeds and images."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdtrain.ground.errors import InputError
+
+if TYPE_CHECKING:
+    from sdtrain.tools.compare import Comparison
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="rank recipes by a metric, with verdicts over training seeds",
+        description="Rank recipes by a metric. Runs that differ in train.seed alone are replicates of one recipe.",
+    )
+    command.add_argument(
+        "revs",
+        nargs="*",
+        metavar="REV",
+        help="experiment, branch, tag, commit or workspace; without one HEAD and its experiments",
+    )
+    command.add_argument("--metric", default="held_out_loss_trained", help="a number of metrics/*.json (%(default)s)")
+    command.add_argument("--baseline", metavar="REV", help="a run of the recipe that the others are held against")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_compare)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from sdtrain.tools.compare import compare
+    from sdtrain.tools.compare.runs import read_experiments, read_run
+    from sdtrain.tools.compare.text import as_json
+
+    root, notes = Path(), []
+    runs = [read_run(root, rev) for rev in dict.fromkeys(options.revs)]
+    if not options.revs:
+        runs, notes = read_experiments(root)
+    if options.baseline is not None and options.baseline not in {run.name for run in runs}:
+        runs.append(read_run(root, options.baseline))
+    if not runs:
+        raise InputError("\n".join(["there is no run to compare; run `dvc exp run`", *notes]))
+    comparison = compare(runs, options.metric, options.baseline)
+    comparison = replace(comparison, notes=notes + comparison.notes)
+    if options.json:
+        print(json.dumps(as_json(comparison), indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        print_comparison(comparison)
+
+
+def print_comparison(comparison: "Comparison") -> None:
+    """Print the table, the sentences and the notes."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from sdtrain.tools.compare.text import HEADER, rows, sentences
+
+    is_terminal = sys.stdout.isatty()
+    # No width, because Rich would shorten numbers to fit one; a terminal breaks what is too long itself.
+    console = Console(file=sys.stdout, width=10_000)
+    table = Table(box=box.SIMPLE_HEAD if is_terminal else None, pad_edge=False)
+    for number, name in enumerate(HEADER):
+        table.add_column(name, justify="left" if number in (0, len(HEADER) - 1) else "right")
+    for row in rows(comparison):
+        table.add_row(*map(Text, row))
+    console.print(Text(f"{comparison.metric}, {comparison.better} is better"))
+    console.print(table)
+    for line in [*sentences(comparison), *(f"Note: {note}" for note in comparison.notes)]:
+        console.print(Text(line))

@@ -1,0 +1,27 @@
+"""Which way a metric is better."""
+
+from fnmatch import fnmatchcase
+from typing import Literal
+
+Direction = Literal["lower", "higher"]
+
+_BETTER: dict[str, Direction] = {
+    "*_loss": "lower",
+    "held_out_loss_*": "lower",
+    "*_error": "lower",
+    "*_error_deg": "lower",
+    "*_accuracy": "higher",
+    "*_iou": "higher",
+}
+"""By pattern of the name, without the model that it ends with.
+
+What isn't here has no better direction: counts, bounds of intervals, and how much a condition or the light matters.
+"""
+
+
+def better_direction(name: str) -> Direction | None:
+    """Of a number in `metrics/*.json`, e.g. `held_out_loss_trained`; None if it is no measure of the trained model."""
+    stem = name.removesuffix("_trained")
+    if stem == name and name != "best_validation_loss":
+        return None
+    return next((direction for pattern, direction in _BETTER.items() if fnmatchcase(stem, pattern)), None)

@@ -1,0 +1,113 @@
+"""Reads runs: what the pipeline recorded in git, or on disk, of params, code, data and metrics."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdtrain.ground import git
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.values import read_values
+from sdtrain.params.load import parse_yaml
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WORKSPACE = "workspace"
+"""The files on disk, as a revision."""
+
+_PARAMS, _LOCK, _METRICS = "params.yaml", "dvc.lock", "metrics"
+_NUMBERS, _VALUES = f"{_METRICS}/evaluate.json", f"{_METRICS}/values.parquet"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of the pipeline, as it was recorded."""
+
+    name: str
+    """The revision, as it was asked for: an experiment's name, a branch, a tag, a commit or `workspace`."""
+    is_head: bool
+    """Whether it is the commit that is checked out."""
+    params: dict[str, Any]
+    """The tree of params.yaml, of whatever version of the schema."""
+    lock: dict[str, Any]
+    """The tree of dvc.lock: the params, code and data that the metrics were made with."""
+    numbers: dict[str, float]
+    """Of all `metrics/*.json`, by name."""
+    values: "pd.DataFrame | None"
+    """The table of `ground.values`; None if the run has none."""
+
+
+def read_run(root: Path, rev: str) -> Run:
+    """Read the run of an experiment's name, branch, tag, commit, or of the files on disk (`workspace`).
+
+    Raises:
+        InputError: there is no such revision, or it lacks a file or has a broken one; says what makes the file.
+    """
+    if rev == WORKSPACE:
+        return _run(rev, False, _files_on_disk(root))
+    return _read_commit(root, rev, git.resolve(root, rev), git.head_commit(root))
+
+
+def read_experiments(root: Path) -> tuple[list[Run], list[str]]:
+    """HEAD and all experiments that started from it; those that can't be read are named in the second list."""
+    head = git.head_commit(root)
+    named = [("HEAD", head)]
+    named += [(found.name, found.commit) for found in git.experiments(root) if found.baseline == head]
+    runs, faults = [], []
+    for name, commit in named:
+        try:
+            runs.append(_read_commit(root, name, commit, head))
+        except InputError as fault:
+            faults.append(f"left out: {fault}")
+    return runs, faults
+
+
+def _read_commit(root: Path, name: str, commit: str, head: str) -> Run:
+    return _run(name, commit == head, git.read_files(root, commit, [_PARAMS, _LOCK, _METRICS]))
+
+
+def _files_on_disk(root: Path) -> dict[str, bytes]:
+    paths = [root / _PARAMS, root / _LOCK, root / _VALUES, *sorted((root / _METRICS).glob("*.json"))]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+
+
+def _run(name: str, is_head: bool, files: dict[str, bytes]) -> Run:
+    for path in (_PARAMS, _LOCK, _NUMBERS):
+        if path not in files:
+            way = "run `dvc repro`" if name == WORKSPACE else "run `dvc repro`, then `git add` and commit what it wrote"
+            raise InputError(f"{name} has no {path}; {way}")
+    numbers: dict[str, float] = {}
+    for path in sorted(path for path in files if path.startswith(f"{_METRICS}/") and path.endswith(".json")):
+        tree = _read_json(files[path], f"{path} of {name}")
+        numbers |= {key: value for key, value in tree.items() if type(value) in (int, float)}
+    return Run(
+        name,
+        is_head,
+        params=_read_yaml(files[_PARAMS], f"{_PARAMS} of {name}"),
+        lock=_read_yaml(files[_LOCK], f"{_LOCK} of {name}"),
+        numbers=numbers,
+        values=read_values(files[_VALUES], f"{_VALUES} of {name}") if _VALUES in files else None,
+    )
+
+
+def _mapping(tree: object, name: str) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        raise InputError(f"{name}: expected a mapping, got {type(tree).__name__}; run `dvc repro`")
+    return tree
+
+
+def _read_json(content: bytes, name: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(content)
+    except ValueError as error:
+        raise InputError(f"{name}: not valid JSON: {error}; run `dvc repro`") from None
+    return _mapping(tree, name)
+
+
+def _read_yaml(content: bytes, name: str) -> dict[str, Any]:
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not valid YAML: {error}") from None
+    return _mapping(parse_yaml(text, name), name)
