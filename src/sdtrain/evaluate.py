@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ from diffusers import DiffusionPipeline
 from sdtrain.data.shards import LatentShards
 from sdtrain.evaluation.held_out import HeldOut
 from sdtrain.evaluation.loss_metrics import Denoiser, loss_metrics
+from sdtrain.evaluation.memorization import memorization_metrics
 from sdtrain.evaluation.prompt_accuracy import World, prompt_accuracy
 from sdtrain.evaluation.relighting import relighting_accuracy
 from sdtrain.ground.files import write_json, write_text
@@ -18,7 +20,7 @@ from sdtrain.ground.values import Values
 from sdtrain.methods import build_method, first_parts
 from sdtrain.methods.checkpoints import is_checkpoint, load_checkpoint
 from sdtrain.models.ic_light import IcLightPipeline
-from sdtrain.models.parts import load_others, parts_of, pick_device, tokenize
+from sdtrain.models.parts import load_others, parts_of, pick_device
 from sdtrain.models.trained import load_base_pipeline, load_model
 from sdtrain.params.schema import EvaluateParams, Section
 
@@ -39,7 +41,7 @@ class EvaluateFiles:
     loss_table: Path
     """The held-out loss by timestep."""
     accuracy_table: Path
-    """Of generated scenes, the accuracy by kind of prompt and field; of others no rows."""
+    """Of generated scenes, the accuracy by kind of prompt and attribute; of others no rows."""
     relighting_table: Path
     """Of lit scenes, the metrics of relighting; of others no rows."""
 
@@ -60,25 +62,25 @@ def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: Ev
         relit = relighting_accuracy(params, seed, pipelines, data.world == "lit_by_map", values)
     elif world:
         accuracies = prompt_accuracy(params, seed, pipelines, world, values)
-    models = _denoisers(method, pipelines, base, shards.manifest)
-    pipeline = pipelines["base"]
-    held_out = HeldOut(
-        shards,
-        pipeline.vae.config.scaling_factor,
+    models, pipeline = _denoisers(method, pipelines, base, shards.manifest), pipelines["base"]
+    ask = partial(
+        HeldOut,
+        scaling_factor=pipeline.vae.config.scaling_factor,
         num_train_timesteps=pipeline.scheduler.config.num_train_timesteps,
         num_timesteps=params.num_timesteps,
-        max_samples=params.max_samples,
         batch_size=params.batch_size,
     )
-    null_ids = tokenize(pipeline.tokenizer, [""])[0]
+    held_out = ask(shards, max_samples=params.max_samples)
+    seen = ask(LatentShards(files.latents, "train", encoders_fingerprint(base)), max_samples=held_out.num_samples)
     checkpoints = _checkpoints(files.checkpoints, base)
-    numbers, table = loss_metrics(params, seed, models, checkpoints, held_out, null_ids, values)
-    numbers |= {f"{row['prompts']}_{row['field']}_accuracy_{row['model']}": row["accuracy"] for row in accuracies}
+    numbers, table = loss_metrics(params, seed, models, checkpoints, held_out, pipeline.tokenizer, values)
+    numbers |= memorization_metrics(models, held_out, seen, pipeline.tokenizer, values)
+    numbers |= {f"{row['prompts']}_{row['attribute']}_accuracy_{row['model']}": row["accuracy"] for row in accuracies}
     numbers |= _relighting_numbers(relit)
     if accuracies or relit:
         numbers["num_prompts"] = params.num_prompts
     for path, rows, first in (
-        (files.accuracy_table, accuracies, ["prompts", "field", "model", "accuracy"]),
+        (files.accuracy_table, accuracies, ["prompts", "attribute", "model", "accuracy"]),
         (files.relighting_table, relit, ["metric", "model", "value"]),
     ):
         columns = [*first, "ci_low", "ci_high", "num"]

@@ -12,11 +12,12 @@ from sdtrain.ground.files import disk_errors_explained, is_sealed, new_folder, w
 from sdtrain.methods.checkpoints import copy_checkpoint, save_checkpoint
 from sdtrain.params.schema import Params
 from sdtrain.training.files import TrainFiles
+from sdtrain.training.images import has_images, keep_images, write_images
 from sdtrain.training.interruption import Interruption
 from sdtrain.training.run import Run, start_run
 from sdtrain.training.selection import Candidate, ranked
 from sdtrain.training.step import optimizer_step
-from sdtrain.training.validation import validate
+from sdtrain.training.validation import draw_images, validate
 
 _ADVICE = (
     "Look at its images before you use it. Usual causes: train.lr is too low, the run is too short, or the data's "
@@ -66,9 +67,11 @@ def train(params: Params, files: TrainFiles) -> None:
 def validate_and_keep(run: Run, step: int) -> None:
     """Validate after `step` steps, and keep the checkpoint if it is one of the best."""
     trainer = run.trainer
-    found = validate(trainer, run.held_out, run.trackers.show_images)
+    found = validate(trainer, run.held_out)
     row = run.curves.add_validation(step, run.held_out.timesteps.tolist(), found.losses, found.gaps)
     run.trackers.validation_row(row, found.images)
+    if found.images:
+        keep_images(run.store.images(step), found.images, run.images_asked())
     for sentence in run.curves.unused_conditions():
         trainer.accelerator.print(f"step {step}: {sentence}")
     loss = run.curves.validation_losses(step)["raw" if trainer.ema is None else "ema"]
@@ -113,7 +116,7 @@ def stop_if_asked(run: Run, interruption: Interruption, step: int) -> None:
 
 
 def write_outs(run: Run, step: int) -> None:
-    """Write the checkpoints (the best ones, copied from the run's folder, and the last), the curves and the summary."""
+    """Write the checkpoints (the best ones copied from the run's folder, and the last), curves, images and summary."""
     files = run.spec.files
     with new_folder(files.checkpoints) as folder:
         for rank, best in enumerate(run.best, start=1):
@@ -122,9 +125,21 @@ def write_outs(run: Run, step: int) -> None:
             copy_checkpoint(run.store.checkpoint(best.step), place, run.provenance())
         save_checkpoint(folder / "last", run.trainer.method, run.trainer.ema, run.config(step))
     run.curves.write(files.train_curve, files.speed_curve, files.validation_curve)
+    write_validation_images(run, step)
     write_json(files.metrics, summary(run, step))
+    if fault := run.curves.learning_fault():
+        print(f"WARNING: {fault}", file=sys.stderr)
     if sentences := run.curves.unused_conditions():
         print("\n".join(["WARNING: the model ignores what it is told:", *sentences, _ADVICE]), file=sys.stderr)
+
+
+def write_validation_images(run: Run, step: int) -> None:
+    """Write the images of the run's validations, and draw the last ones if others were asked for when it ended."""
+    asked, last = run.images_asked(), run.store.images(step)
+    if asked["prompts"] and not has_images(last, asked):
+        keep_images(last, draw_images(run.trainer, run.held_out), asked)
+    steps = [row["step"] for row in run.curves.validation_rows if row["step"]]
+    write_images(run.spec.files.validation_images, {step: run.store.images(step) for step in steps}, asked)
 
 
 def summary(run: Run, step: int) -> dict:

@@ -49,6 +49,25 @@ def test_the_batch_size_changes_rounding_only(trainer, shards, batch_size):
     torch.testing.assert_close(asked(trainer, shards, batch_size), asked(trainer, shards), rtol=1e-5, atol=1e-7)
 
 
+def test_a_caption_that_says_nothing_guides_nowhere(trainer, shards, monkeypatch):
+    null_ids = tokenize(trainer.parts.tokenizer, [""])[0]
+    read = LatentShards.read
+
+    def read_first_without(self, index, *names, flipped=False):
+        found = read(self, index, *names, flipped=flipped)
+        return found | ({"input_ids": null_ids} if "input_ids" in found and self.ids[index] == held_out.ids[0] else {})
+
+    for batch_size in (1, 3):
+        held_out = HeldOut(shards, trainer.parts.vae.config.scaling_factor, batch_size=batch_size, **SIZES)
+        captioned = held_out.guidance_magnitudes(trainer.method, trainer.scheduler, null_ids)
+        assert captioned.min() > 0.01
+        with monkeypatch.context() as patch:
+            patch.setattr(LatentShards, "read", read_first_without)
+            found = held_out.guidance_magnitudes(trainer.method, trainer.scheduler, null_ids)
+        torch.testing.assert_close(found[1:], captioned[1:], rtol=1e-4, atol=0)
+        assert found[0] < 1e-5
+
+
 def test_the_loss_without_text_is_that_of_empty_captions(trainer, shards, monkeypatch):
     null_ids = tokenize(trainer.parts.tokenizer, [""])[0]
     without = asked(trainer, shards, null_ids=null_ids)

@@ -202,6 +202,7 @@ def test_a_metric_is_the_mean_of_the_values_in_the_table(workspace, run, model, 
 def test_a_model_equal_to_its_base_gains_exactly_nothing(workspace, tmp_path):
     numbers = workspace.evaluate(workspace.base, tmp_path, workspace.make_params())
     assert numbers["held_out_loss_gain"] == numbers["held_out_loss_gain_ci_high"] == 0
+    assert numbers["memorized_gain"] == numbers["memorized_guidance"] == numbers["memorized_gain_ci_high"] == 0
     assert numbers["known_shape_accuracy_base"] == numbers["known_shape_accuracy_trained"]
 
 

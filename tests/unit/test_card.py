@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from sdtrain import cli
 from sdtrain.card import write_card
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.markdown import code_block, code_span, one_line
+from sdtrain.ground.samples import DrawnImage, Samples
 from sdtrain.params.load import load_params
 from sdtrain.params.schema import MethodParams
 
@@ -116,7 +116,7 @@ class Project:
         config = {"block_out_channels": [unet[0], 96], "cross_attention_dim": unet[1], "_class_name": "…"}
         self.write(self.base / "unet" / "config.json", config)
         self.samples.mkdir(exist_ok=True)
-        self.draw_grid([] if self.params.sample.num_held_out is None else CAPTIONS)
+        self.draw_grid(self.params.sample.prompts if self.params.sample.num_held_out is None else CAPTIONS)
         numbers = json.loads((root / "metrics" / "evaluate.json").read_text())
         table = (root / "metrics" / "prompt_accuracy.csv").read_text()
         relit = generated and self.params.method.name == "ic_light"
@@ -131,11 +131,15 @@ class Project:
         self.relighting.write_text("".join(f"{line}\n" for line in lines))
         return self
 
-    def draw_grid(self, captions: list[str]) -> None:
+    def draw_grid(self, texts: list[str], *checkpoints: str) -> None:
         """As the stage `sample` saves it."""
-        text = PngInfo()
-        text.add_text("captions", json.dumps(captions))
-        Image.new("RGB", (4, 4), "red").save(self.samples / "grid.png", pnginfo=text)
+        Image.new("RGB", (4, 4), "red").save(self.samples / "grid.png")
+        drawn = [
+            DrawnImage(file="…", prompt=row, text=text, item=None, light=None, model=model, seed=0, guidance_scale=4.0)
+            for model in ("base", "trained", *checkpoints)
+            for row, text in enumerate(texts)
+        ]
+        Samples(drawn=drawn, given=[]).write(self.samples)
 
     @staticmethod
     def write(path: Path, tree: object) -> None:
@@ -345,6 +349,26 @@ def test_grid_prompts_stand_as_rows(project):
     assert "negative prompt `blurry`" in card
     assert "one image per prompt, seed 0;" in project.card(images_per_prompt=1)
     assert "negative prompt" not in project.card(negative_prompt="")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "sentence"),
+    [
+        ("finetune", "base, trained, last, best-2",
+         "From left to right: the base, the trained model, the checkpoint `last` and the checkpoint `best-2`, with the "
+         "same prompts and seeds: one image per prompt, seed 0;"),
+        ("ic-light, SD 1.5, v", "conditions, held-out image, base, trained, last, best-2",
+         "the held-out image itself, the base, the trained model, the checkpoint `last` and the checkpoint `best-2`, "
+         "with the same prompts"),
+        ("ic-light", "foreground, base, then truth beside trained, last and best-2 under four lights",
+         "the truth beside the trained model, the checkpoint `last` and the checkpoint `best-2`. One image each"),
+    ],
+)  # fmt: skip
+def test_checkpoints_in_the_grid_are_named(project, name, shown, sentence):
+    project.build(**CASES[name]).draw_grid(CAPTIONS, "last", "best-2")
+    card = project.card()
+    assert f"![Grid of images: {shown}](grid.png)" in card
+    assert sentence in flat(card)
 
 
 def table(card: str) -> list[list[str]]:
@@ -644,7 +668,7 @@ def test_params_that_changed_after_the_training_are_not_passed_for_the_records(p
     note = "above were made with params that were changed after the training"
     assert note not in project.build(files=PIPELINE).card()
     assert f"The grid {note}" in project.card(prompts=["another"])
-    project.build(files=PIPELINE, evaluate={"num_timesteps": 3}, sample={"guidance_scale": 2.0})
+    project.build(files=PIPELINE, evaluate={"num_timesteps": 3}, sample={"guidance_scales": [2.0]})
     assert f"The grid and metrics {note}" in project.card()
 
 
@@ -656,9 +680,9 @@ def test_sizes_that_other_programs_do_not_know_are_named(project):
 
 @pytest.mark.parametrize("prompt", ["a cat", "-a 'cat'", "-cat", "--out", HOSTILE, '$(reboot) `reboot` "$HOME"'])
 def test_the_command_draws_the_first_prompt(project, monkeypatch, prompt):
-    card = project.build(files=PIPELINE).card(prompts=[prompt], negative_prompt=prompt, guidance_scale=4.5)
+    card = project.build(files=PIPELINE).card(prompts=[prompt], negative_prompt=prompt, guidance_scales=[4.5, 2.0])
     given = []
-    monkeypatch.setattr(cli, "_generate", given.append)
+    monkeypatch.setattr("sdtrain.cli.generate._generate", given.append)
     (command, *rest), _ = (shlex.split(block) for block in blocks(card, "sh"))
     assert command == "sdtrain"
     cli.main(rest)
@@ -813,10 +837,10 @@ def test_any_prompt_and_repository_keep_the_cards_structure(project, prompt, nam
          r"evaluate\.json: has no held_out_loss_base; run `dvc repro evaluate`"),
         (lambda p: p.accuracies.unlink(),
          r"prompt_accuracy\.csv: can't be read: No such file.*; run `dvc repro evaluate`"),
-        (lambda p: p.accuracies.write_text("prompts,field\nnew,color\n"),
+        (lambda p: p.accuracies.write_text("prompts,attribute\nnew,color\n"),
          r"prompt_accuracy\.csv: 0\.model: .*; run `dvc repro evaluate`"),
         (lambda p: p.accuracies.write_bytes(b"\xff\xfe"), r"prompt_accuracy\.csv: not a CSV file.*dvc repro evaluate`"),
-        (lambda p: p.accuracies.write_text("prompts,field,model,accuracy,ci_low,ci_high,num\n"),
+        (lambda p: p.accuracies.write_text("prompts,attribute,model,accuracy,ci_low,ci_high,num\n"),
          r"evaluate\.json: has new_color_accuracy_base, which the table of accuracies hasn't; run `dvc repro"),
         (lambda p: p.relighting.unlink(),
          r"relighting\.csv: can't be read: No such file.*; run `dvc repro evaluate`"),
@@ -833,6 +857,7 @@ def test_any_prompt_and_repository_keep_the_cards_structure(project, prompt, nam
         (lambda p: (p.samples / "grid.png").unlink(),
          r"samples/grid\.png: can't be read: No such file or directory; run `dvc repro sample`"),
         (lambda p: (p.samples / "grid.png").write_text("GIF"), r"grid\.png: not a PNG image; run `dvc repro sample`"),
+        (lambda p: (p.samples / "samples.json").unlink(), r"samples\.json: no such file; run `dvc repro sample`"),
         (lambda p: shutil.rmtree(p.base), r"base has no manifest\.json; run `dvc repro base`"),
         (lambda p: p.write(p.base / "manifest.json", {"format_version": 1, "sources": [{"parts": []}], "files": {}}),
          r"base/manifest\.json: 0: .*must have repo and commit, or path, or seed; run `dvc repro base`"),
@@ -885,9 +910,6 @@ def test_a_controlnet_is_loaded_with_its_base_and_a_hint(project):
         dataset={"condition_columns": {"hint": "outline"}},
         sample={"prompts": [], "num_held_out": 2},
     )
-    Image.new("RGB", (4, 4)).save(project.samples / "grid.png")
-    with pytest.raises(InputError, match=r"grid\.png: has no captions, as sample.num_held_out wants; run `dvc repro "):
-        project.card()
     project.draw_grid(["an old house", "a tree"])
     card = project.card()
     assert "ControlNetModel.from_pretrained" in card
@@ -996,7 +1018,7 @@ def test_the_snippet_draws_with_the_file_in_the_card(project, root, monkeypatch,
     given |= {"light": torch.as_tensor(given["light"])} if method else {}
     prompt = CAPTIONS[0] if method else f"left light {CAPTIONS[0]}"
     conditions = {name: [value] for name, value in given.items()}
-    scale = project.params.sample.guidance_scale
+    scale = project.params.sample.guidance_scales[0]
     (drawn,) = generate(
         pipeline, [prompt], [0], conditions=conditions, num_inference_steps=2, guidance_scale=scale, batch_size=1
     )
@@ -1017,7 +1039,7 @@ def test_every_condition_is_asked_for(project, monkeypatch, name, conditions):
     """By the command and by the snippet; lit scenes told by words have these in front of the grid's captions."""
     card = project.build(**CASES[name]).card()
     given = []
-    monkeypatch.setattr(cli, "_generate", given.append)
+    monkeypatch.setattr("sdtrain.cli.generate._generate", given.append)
     cli.main(shlex.split(blocks(card, "sh")[0])[1:])
     (options,) = given
     expected = {name: [Path(conditions[name])] if name in conditions else None

@@ -122,10 +122,10 @@ def test_the_stored_counts_are_of_the_shipped_params(numbers, params):
 def test_table_and_metrics_say_the_same(numbers):
     with (ROOT / "metrics" / "prompt_accuracy.csv").open() as file:
         rows = list(csv.DictReader(file))
-    table = {f"{row['prompts']}_{row['field']}_accuracy_{row['model']}": float(row["accuracy"]) for row in rows}
+    table = {f"{row['prompts']}_{row['attribute']}_accuracy_{row['model']}": float(row["accuracy"]) for row in rows}
     assert table == {name: value for name, value in numbers.items() if "_accuracy_" in name}
     for row in rows:
-        chosen = row["prompts"] == "new" and row["field"] in ("color", "shape", "style")  # where it is new
+        chosen = row["prompts"] == "new" and row["attribute"] in ("color", "shape", "style")  # where it is new
         assert 0 < int(row["num"]) <= numbers["num_prompts"]
         assert chosen or int(row["num"]) == numbers["num_prompts"]
         right = float(row["accuracy"]) * int(row["num"])

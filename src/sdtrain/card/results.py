@@ -43,11 +43,11 @@ class _Accuracy(_Interval):
     """A row of the table of accuracies."""
 
     prompts: _Name
-    field: _Name
+    attribute: _Name
 
     @property
     def name(self) -> str:
-        return f"{self.prompts}_{self.field}_accuracy"
+        return f"{self.prompts}_{self.attribute}_accuracy"
 
 
 class _Relighting(_Interval):
@@ -79,8 +79,8 @@ def results(evaluate: EvaluateParams, metrics: Path, accuracy_table: Path, relig
         if stem == "held_out_loss" or stem in _RELIGHTING or f"{stem}_trained" not in numbers:
             continue
         if found := re.fullmatch(r"([a-z0-9]+)_([a-z0-9_]+)_accuracy", stem):
-            kind, field = found.groups()
-            label = f"{field.replace('_', ' ')}, {'empty prompt' if kind == 'empty' else f'{kind} concepts'}"
+            kind, attribute = found.groups()
+            label = f"{attribute.replace('_', ' ')}, {'empty prompt' if kind == 'empty' else f'{kind} concepts'}"
             rows.append(_measured_row(stem, label, numbers, accuracies, "accuracies", metrics))
         elif found := re.fullmatch(r"([a-z]+)_gap", stem):
             rows.append(_gap_row(found[1], numbers, metrics))

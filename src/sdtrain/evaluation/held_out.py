@@ -12,9 +12,11 @@ the loss stays as it is. The rise is the *condition-use gap*.
 
 import hashlib
 
+import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from sdtrain.data.batches import Batch
 from sdtrain.data.shards import LatentShards
@@ -55,11 +57,10 @@ class HeldOut:
         self.shards, self._scaling_factor, self._batch_size = shards, scaling_factor, batch_size
         self._donors: dict[str, list[int]] = {}
 
-    @property
-    def captions(self) -> list[str]:
-        """The images' captions."""
-        captions = self.shards.captions
-        return [captions[row] for row in self._rows]
+    def captions(self, tokenizer: CLIPTokenizer) -> list[str]:
+        """The images' captions as the model sees them: in lower case, and cut off where they are too long."""
+        ids = [self.shards.read(row, "input_ids")["input_ids"] for row in self._rows]
+        return tokenizer.batch_decode(torch.stack(ids), skip_special_tokens=True)
 
     @torch.no_grad()
     def losses(
@@ -95,6 +96,33 @@ class HeldOut:
             losses[places] = (epsilon - batch.noise).square().mean(dim=(1, 2, 3))
         model.train(was_training)
         return losses.view(self.num_samples, num_bins)
+
+    @torch.no_grad()
+    def guidance_magnitudes(self, method: Method, scheduler: SchedulerMixin, null_ids: Tensor) -> Tensor:
+        """How far each caption moves what the model predicts of pure noise, float32 [num_samples].
+
+        The root mean square of the prediction with the caption minus that without, at the last timestep, for noise that
+        depends on the image alone: ‖ε(x_T, c) - ε(x_T, ∅)‖ of Wen et al. 2024, "Detecting, explaining, and mitigating
+        memorization in diffusion models", over √d, so that resolutions compare. Of v, where the UNet predicts v.
+
+        Args:
+            null_ids: token ids of the empty caption, int64 [L].
+        """
+        model, device = method.trained, next(method.trained.parameters()).device
+        was_training, last = model.training, scheduler.config.num_train_timesteps - 1
+        model.eval()
+        found = []
+        for start in range(0, self.num_samples, self._batch_size):
+            pairs = [(sample, 0) for sample in range(self.num_samples)[start : start + self._batch_size]]
+            batches = [self._batch(pairs, tuple(method.columns), None, ids, device) for ids in (None, null_ids)]
+            shape = batches[0].latents.shape[1:]
+            places = [self._place(sample) for sample, _ in pairs]
+            noise = np.stack([randomness.normal(0, "guidance noise", place, shape=tuple(shape)) for place in places])
+            noisy_latents, timesteps = torch.from_numpy(noise).to(device), torch.full((len(pairs),), last).to(device)
+            captioned, without = (method.predict(model, noisy_latents, timesteps, b).float() for b in batches)
+            found.append((captioned - without).square().mean(dim=(1, 2, 3)).sqrt())
+        model.train(was_training)
+        return torch.cat(found)
 
     def differs(self, condition: str) -> bool:
         """Whether the images differ in a condition, so that it can be swapped."""

@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from diffusers import DDPMScheduler
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from sdtrain.evaluation.condition_use import unused
 from sdtrain.evaluation.held_out import HeldOut, conditions_of
@@ -16,6 +18,7 @@ from sdtrain.ground.diffusion import min_snr_weights
 from sdtrain.ground.statistics import bootstrap_interval
 from sdtrain.ground.values import Values
 from sdtrain.methods.method import Method
+from sdtrain.models.parts import tokenize
 from sdtrain.params.schema import EvaluateParams
 
 _MIN_SNR_GAMMA = 5.0
@@ -30,6 +33,14 @@ class Denoiser:
     scheduler: DDPMScheduler
     """The noise schedule and prediction type that it was trained with."""
 
+    def losses(self, images: HeldOut, **question: Any) -> np.ndarray:
+        """Its losses of images, float64 [images, timesteps]; `question` is `HeldOut.losses`'s own."""
+        return images.losses(self.method, self.scheduler, **question).double().cpu().numpy()
+
+    def guidance_magnitudes(self, images: HeldOut, null_ids: Tensor) -> np.ndarray:
+        """How far the images' captions move what it predicts of noise, float64 [images]."""
+        return images.guidance_magnitudes(self.method, self.scheduler, null_ids).double().cpu().numpy()
+
 
 def loss_metrics(
     params: EvaluateParams,
@@ -37,7 +48,7 @@ def loss_metrics(
     models: dict[str, Denoiser],
     checkpoints: Iterable[tuple[str, Denoiser]],
     held_out: HeldOut,
-    null_ids: Tensor,
+    tokenizer: CLIPTokenizer,
     values: Values,
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """Numbers of the held-out loss, and the loss of `base` and `trained` by timestep, as a table.
@@ -45,7 +56,7 @@ def loss_metrics(
     - `held_out_loss_<model>` of all models, and `held_out_loss_gain` with a 95 % interval over images: of these two
       checkpoints, it says nothing of the recipes that made them.
     - `held_out_loss_null_text_<model>`: without any caption.
-    - `held_out_loss_min_snr_<model>`: the mean over timesteps weighted by min(SNR, 5)/SNR, of weights that add up to 1.
+    - `held_out_loss_min_snr_<model>`: weighted over timesteps by min(SNR, 5)/SNR, with weights of mean 1.
     - `<condition>_gap_<model>`: the condition-use gap. A condition that isn't used is also told on stderr.
 
     The images' own values are added to `values`.
@@ -53,18 +64,12 @@ def loss_metrics(
     Args:
         models: `base` and `trained`.
         checkpoints: others, by name, of which only the loss itself is measured; taken one by one.
-        null_ids: token ids of the empty caption, int64 [L].
     """
-    trained = models["trained"]
+    trained, null_ids = models["trained"], tokenize(tokenizer, [""])[0]
     held_out.shards.check_columns(trained.method.columns)
-    of_images = held_out.ids, held_out.captions, held_out.timesteps.tolist()
-
-    def losses_of(model: Denoiser, **question) -> np.ndarray:
-        """float64 [images, timesteps]."""
-        return held_out.losses(model.method, model.scheduler, **question).double().cpu().numpy()
-
-    losses = {name: losses_of(model) for name, model in models.items()}
-    losses |= {name: losses_of(model) for name, model in checkpoints}
+    of_images = held_out.ids, held_out.captions(tokenizer), held_out.timesteps.tolist()
+    losses = {name: model.losses(held_out) for name, model in models.items()}
+    losses |= {name: model.losses(held_out) for name, model in checkpoints}
     for name, found in losses.items():
         values.add("held_out_loss", name, found, *of_images)
     gain = (losses["base"] - losses["trained"]).mean(axis=1)
@@ -72,14 +77,16 @@ def loss_metrics(
     numbers = {f"held_out_loss_{name}": found.mean() for name, found in losses.items()}
     numbers |= {"held_out_loss_gain": gain.mean(), "held_out_loss_gain_ci_low": low, "held_out_loss_gain_ci_high": high}
     for name, model in models.items():
-        without = losses_of(model, null_ids=null_ids)
+        without = model.losses(held_out, null_ids=null_ids)
         values.add("held_out_loss_null_text", name, without, *of_images)
         numbers[f"held_out_loss_null_text_{name}"] = without.mean()
-        numbers[f"held_out_loss_min_snr_{name}"] = losses[name].mean(axis=0) @ _min_snr(held_out, model.scheduler)
+        weighted = losses[name] * _min_snr(held_out, model.scheduler)
+        values.add("held_out_loss_min_snr", name, weighted, *of_images)
+        numbers[f"held_out_loss_min_snr_{name}"] = weighted.mean()
     for condition in conditions_of(trained.method):
         gap, base_share = None, None
         if held_out.differs(condition):
-            gaps = {name: losses_of(model, swapped=condition) - losses[name] for name, model in models.items()}
+            gaps = {name: model.losses(held_out, swapped=condition) - losses[name] for name, model in models.items()}
             gap, base_share = gaps["trained"].mean(), gaps["base"].mean() / losses["base"].mean()
             numbers |= _gap_numbers(params, seed, condition, gaps)
             for name, found in gaps.items():
@@ -91,9 +98,9 @@ def loss_metrics(
 
 
 def _min_snr(held_out: HeldOut, scheduler: DDPMScheduler) -> np.ndarray:
-    """The timesteps' weights of ε's error, float64 [timesteps], which add up to 1."""
+    """The timesteps' weights of ε's error, float64 [timesteps], of mean 1."""
     weights = min_snr_weights(held_out.timesteps, scheduler.alphas_cumprod, _MIN_SNR_GAMMA, "epsilon").double().numpy()
-    return weights / weights.sum()
+    return weights / weights.mean()
 
 
 def _gap_numbers(params: EvaluateParams, seed: int, condition: str, gaps: dict[str, np.ndarray]) -> dict[str, float]:

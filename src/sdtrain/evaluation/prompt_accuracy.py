@@ -19,7 +19,7 @@ from sdtrain.ground.values import Values
 from sdtrain.models.pipelines import Conditions, drawn_px, generate
 from sdtrain.params.schema import EvaluateParams
 
-_FIELDS = ("color", "shape", "style", "size", "position", "background")
+_ATTRIBUTES = ("color", "shape", "style", "size", "position", "background")
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Question:
 def prompt_accuracy(
     params: EvaluateParams, seed: int, pipelines: dict[str, DiffusionPipeline], world: World, values: Values
 ) -> list[dict]:
-    """Share of images that show what the prompt says, by field; with hints also hint accuracy, the field `hint`.
+    """Share of images that show what the prompt says, by attribute; with hints also hint accuracy, `hint`.
 
     The images' own values are added to `values`.
 
     Of prompts with `new` concepts, colour is counted where the object's colour is new, shape where the shape is, style
-    where the style is: what the base has never seen. For `known` prompts all fields that they name count. `empty`
+    where the style is: what the base has never seen. For `known` prompts all that they name counts. `empty`
     prompts leave all to the hint. Hint accuracy is the mean intersection over union of the object's mask with the one
     that the hint outlines.
     """
@@ -82,17 +82,17 @@ def prompt_accuracy(
                 guidance_scale=params.guidance_scale,
                 batch_size=params.batch_size,
             )
-            for field, found in _measured(kind, world, questions, images):
+            for attribute, found in _measured(kind, world, questions, images):
                 numbers = list(found)
                 right, items = np.array(list(found.values())), [f"{kind} {number:04}" for number in numbers]
                 prompts = [questions[number].prompt for number in numbers]
-                values.add(f"{kind}_{field}_accuracy", name, right, items, prompts)
-                if field == "hint":
+                values.add(f"{kind}_{attribute}_accuracy", name, right, items, prompts)
+                if attribute == "hint":
                     rng = randomness.generator(seed, f"{kind} hint bootstrap")
                     low, high = bootstrap_interval(right, params.num_bootstrap, rng)
                 else:
                     low, high = wilson_interval(int(right.sum()), len(right))
-                row = {"prompts": kind, "field": field, "model": name, "accuracy": float(right.mean())}
+                row = {"prompts": kind, "attribute": attribute, "model": name, "accuracy": float(right.mean())}
                 rows.append(row | {"ci_low": low, "ci_high": high, "num": len(right)})
     return rows
 
@@ -113,18 +113,18 @@ def _questions(params: EvaluateParams, seed: int, kind: str, world: World) -> li
 def _measured(
     kind: str, world: World, questions: list[Question], images: list[Image.Image]
 ) -> Iterator[tuple[str, dict[int, float]]]:
-    """By field, the values of the images that count, by their number."""
+    """By attribute, the values of the images that count, by their number."""
     shown = [scenes.measure(image) for image in images]
-    for field in _FIELDS:
-        if kind == "empty" or (world.free and field in ("size", "position")):
+    for attribute in _ATTRIBUTES:
+        if kind == "empty" or (world.free and attribute in ("size", "position")):
             continue
         right = {
-            number: float(found is not None and asdict(found)[field] == asdict(asked.scene)[field])
+            number: float(found is not None and asdict(found)[attribute] == asdict(asked.scene)[attribute])
             for number, (asked, found) in enumerate(zip(questions, shown, strict=True))
-            if kind == "known" or field not in scenes.NEW or asdict(asked.scene)[field] in scenes.NEW[field]
+            if kind == "known" or attribute not in scenes.NEW or asdict(asked.scene)[attribute] in scenes.NEW[attribute]
         }
         if right:
-            yield field, right
+            yield attribute, right
     if world.hint:
         pairs = enumerate(zip(questions, images, strict=True))
         yield "hint", {number: _overlap(asked, image) for number, (asked, image) in pairs}

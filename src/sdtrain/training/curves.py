@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sdtrain.evaluation.condition_use import unused
+from sdtrain.evaluation.learning import learning_fault
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import write_text
 from sdtrain.params.schema import TrainParams
@@ -216,6 +217,10 @@ class Curves:
             share = None if base[name] is None else base[name] / base["loss_raw"]
             sentences.append(unused(name.removeprefix("gap_"), last[name], loss, share))
         return [sentence for sentence in sentences if sentence]
+
+    def learning_fault(self) -> str | None:
+        """Why the run seems to have a wrong learning rate or length, in a sentence."""
+        return learning_fault(self.validation_rows, self.train_rows)
 
     def restart_clock(self) -> None:
         """Exclude the time so far from the interval's speed: a validation, or a save."""
