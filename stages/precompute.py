@@ -6,7 +6,7 @@ from stages.lease import load_params_and_lease
 
 
 def main() -> None:
-    params = load_params_and_lease(paths.PARAMS)
+    params = load_params_and_lease(paths.PARAMS, num_gpus=1)
     precompute_latents(
         params.precompute,
         params.seed,

@@ -25,10 +25,14 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="REV",
         help="experiment, branch, tag, commit or workspace; without one HEAD and its experiments",
     )
-    command.add_argument("--metric", default="held_out_loss_trained", help="a number of metrics/*.json (%(default)s)")
+    add_metric(command)
     command.add_argument("--baseline", metavar="REV", help="a run of the recipe that the others are held against")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_compare)
+
+
+def add_metric(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--metric", default="held_out_loss_trained", help="a number of metrics/*.json (%(default)s)")
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -2,8 +2,12 @@
 
 import argparse
 import sys
+from pathlib import Path
 
+from sdtrain.cli.compare import add_metric, print_comparison
 from sdtrain.cli.options import positive
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.metric_names import better_direction
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -19,12 +23,31 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--jobs", type=positive, help="tasks at once (one per GPU, or per NPROC GPUs; 1 without)")
     command.add_argument("--name", help="begins the experiments' names")
     command.add_argument("--dry-run", action="store_true", help="check all combinations and list them")
+    add_metric(command)
     command.set_defaults(run=_sweep)
 
 
 def _sweep(options: argparse.Namespace) -> None:
     from sdtrain.tools.sweep import run_sweep
 
+    if better_direction(options.metric) is None:  # before hours of work
+        raise InputError(
+            f"--metric {options.metric}: not a measure of the trained model, such as held_out_loss_trained or "
+            "new_color_accuracy_trained"
+        )
     result = run_sweep(options.assignments, num_jobs=options.jobs, prefix=options.name, dry_run=options.dry_run)
+    if not options.dry_run:
+        _rank(result.experiments, options.metric)
     if result.failed:
         sys.exit(1)
+
+
+def _rank(experiments: list[str], metric: str) -> None:
+    """Print what `sdtrain compare` says of them; the experiments are made, even if it can't rank them."""
+    from sdtrain.tools.compare import compare
+    from sdtrain.tools.compare.runs import read_run
+
+    try:
+        print_comparison(compare([read_run(Path(), name) for name in experiments], metric))
+    except InputError as fault:
+        print(f"not ranked: {fault}")
