@@ -14,11 +14,11 @@ from sdtrain.evaluation.loss_metrics import Denoiser, loss_metrics
 from sdtrain.evaluation.memorization import memorization_metrics
 from sdtrain.evaluation.prompt_accuracy import World, prompt_accuracy
 from sdtrain.evaluation.relighting import relighting_accuracy
-from sdtrain.ground.files import write_json, write_text
+from sdtrain.ground.files import read_json, write_json, write_text
 from sdtrain.ground.manifests import DatasetManifest, LatentsManifest, encoders_fingerprint
 from sdtrain.ground.values import Values
 from sdtrain.methods import build_method, first_parts
-from sdtrain.methods.checkpoints import is_checkpoint, load_checkpoint
+from sdtrain.methods.checkpoints import is_checkpoint, load_checkpoint, read_checkpoint
 from sdtrain.models.ic_light import IcLightPipeline
 from sdtrain.models.parts import load_others, parts_of, pick_device
 from sdtrain.models.trained import load_base_pipeline, load_model
@@ -72,9 +72,10 @@ def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: Ev
     )
     held_out = ask(shards, max_samples=params.max_samples)
     seen = ask(LatentShards(files.latents, "train", encoders_fingerprint(base)), max_samples=held_out.num_samples)
-    checkpoints = _checkpoints(files.checkpoints, base)
-    numbers, table = loss_metrics(params, seed, models, checkpoints, held_out, pipeline.tokenizer, values)
-    numbers |= memorization_metrics(models, held_out, seen, pipeline.tokenizer, values)
+    checkpoints = _checkpoints(files, models["trained"])
+    numbers, losses = loss_metrics(params, seed, models, checkpoints, held_out, pipeline.tokenizer, values)
+    numbers |= memorization_metrics(models, held_out, losses, seen, pipeline.tokenizer, values)
+    table = pd.DataFrame({"timestep": held_out.timesteps, **{name: losses[name].mean(axis=0) for name in models}})
     numbers |= {f"{row['prompts']}_{row['attribute']}_accuracy_{row['model']}": row["accuracy"] for row in accuracies}
     numbers |= _relighting_numbers(relit)
     if accuracies or relit:
@@ -126,11 +127,24 @@ def _denoisers(
     return built
 
 
-def _checkpoints(folder: Path, base: Path) -> Iterator[tuple[str, Denoiser]]:
-    """All kept checkpoints' weights, e.g. `best_ema`, one at a time."""
-    for checkpoint in sorted(path for path in folder.iterdir() if is_checkpoint(path)):
+def _checkpoints(files: EvaluateFiles, trained: Denoiser) -> Iterator[tuple[list[str], Denoiser]]:
+    """All kept checkpoints' weights with their names, e.g. `best_ema`, one at a time.
+
+    What has several names, because the last step was the best, comes once; as `trained` if that was exported from it.
+    """
+    names: dict[tuple, list[str]] = {}
+    for folder in sorted(path for path in files.checkpoints.iterdir() if is_checkpoint(path)):
+        config = read_checkpoint(folder)
         for weights in ("raw", "ema"):
-            if (checkpoint / weights).exists():
-                method, scheduler, _ = load_checkpoint(checkpoint, weights, base)
-                method.pipeline(scheduler).to(pick_device())
-                yield f"{checkpoint.name.replace('-', '_')}_{weights}", Denoiser(method, scheduler)
+            if (folder / weights).exists():
+                key = (config["fingerprint"], config["step"], weights)
+                names.setdefault(key, []).append(f"{folder.name.replace('-', '_')}_{weights}")
+    exported = read_json(files.model / "training_config.json") if names else {}
+    for key, same in names.items():
+        if key == (exported["fingerprint"], exported["step"], exported["export"]["weights"]):
+            yield same, trained
+            continue
+        folder, _, weights = same[0].rpartition("_")
+        method, scheduler, _ = load_checkpoint(files.checkpoints / folder.replace("_", "-"), weights, files.base)
+        method.pipeline(scheduler).to(pick_device())
+        yield same, Denoiser(method, scheduler)

@@ -19,6 +19,8 @@ from sdtrain.training.selection import Candidate, ranked
 from sdtrain.training.step import optimizer_step
 from sdtrain.training.validation import draw_images, validate
 
+_MOST_DROPPED = 0.9
+"""A run that drops a larger share of its captions learns nothing from them."""
 _ADVICE = (
     "Look at its images before you use it. Usual causes: train.lr is too low, the run is too short, or the data's "
     "captions or conditions don't belong to their images."
@@ -129,6 +131,12 @@ def write_outs(run: Run, step: int) -> None:
     write_json(files.metrics, summary(run, step))
     if fault := run.curves.learning_fault():
         print(f"WARNING: {fault}", file=sys.stderr)
+    if (dropped := run.spec.params.train.caption_dropout) > _MOST_DROPPED:
+        print(
+            f"WARNING: train.caption_dropout = {dropped}: training hardly saw a caption, so prompts do what they did "
+            "before it; 0.1 is usual",
+            file=sys.stderr,
+        )
     if sentences := run.curves.unused_conditions():
         print("\n".join(["WARNING: the model ignores what it is told:", *sentences, _ADVICE]), file=sys.stderr)
 

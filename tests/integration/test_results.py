@@ -18,11 +18,11 @@ from sdtrain.export import export_model
 from sdtrain.ground.diffusion import signal_to_noise_ratio
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import sha256_json
+from sdtrain.ground.grid import draw_grid
 from sdtrain.ground.headers import read_metadata
 from sdtrain.ground.manifests import encoders_fingerprint
 from sdtrain.ground.values import read_values
 from sdtrain.models.parts import load_parts
-from sdtrain.sample import draw_grid, sample_grid
 
 
 @pytest.fixture(scope="module")
@@ -135,15 +135,6 @@ def test_exporting_weights_that_were_not_kept_is_refused(workspace, tmp_path):
     run = workspace.train(tmp_path, train={"use_ema": False, "max_steps": 1}, export={"weights": "raw"})
     with pytest.raises(InputError, match="has no ema weights; use 'raw'"):
         export_model(workspace.make_params().export, workspace.base, run.checkpoints, tmp_path / "model")
-
-
-def test_the_grid_shows_base_beside_trained(workspace, model, tmp_path):
-    params = workspace.make_params().sample
-    sample_grid(params, 0, workspace.base, workspace.dataset, workspace.latents, model, tmp_path / "samples")
-    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["grid.png"]
-    with Image.open(tmp_path / "samples" / "grid.png") as grid:
-        assert grid.width > 2 * 128
-        assert grid.height > len(params.prompts) * 128
 
 
 def test_grid_puts_each_image_in_its_place():

@@ -50,7 +50,8 @@ HELD_OUT = Images({"base": [[0.5, 0.3], [0.6, 0.4], [0.5, 0.5]], "trained": [[0.
 def numbers_of(seen: Images, capsys) -> tuple[dict[str, float], str]:
     models = {name: Model(name) for name in ("base", "trained")}
     tokenizer = load_tokenizer(ROOT / "data" / "builtin")
-    return memorization_metrics(models, HELD_OUT, seen, tokenizer, Values()), capsys.readouterr().err
+    losses = {name: np.array(found) for name, found in HELD_OUT.losses.items()}
+    return memorization_metrics(models, HELD_OUT, losses, seen, tokenizer, Values()), capsys.readouterr().err
 
 
 def test_a_model_that_memorises_is_told(capsys):

@@ -26,19 +26,19 @@ def learning_fault(validation: Sequence[Mapping[str, float]], train: Sequence[Ma
     if best[kind] >= base:
         return (
             f"training never lowered the held-out loss, {base:.5f} before it and {best[kind]:.5f} at best (step "
-            f"{best['step']:.0f}): a learning rate of {peak_lr:g} is too high, or the captions don't fit the images"
+            f"{best['step']:.0f}): a learning rate of {peak_lr:.2g} is too high, or the captions don't fit the images"
         )
     if last[kind] > base:
         return (
             f"the held-out loss fell from {base:.5f} to {best[kind]:.5f} at step {best['step']:.0f} and ended at "
-            f"{last[kind]:.5f}, above its start: a learning rate of {peak_lr:g} is too high, or the run too long"
+            f"{last[kind]:.5f}, above its start: a learning rate of {peak_lr:.2g} is too high, or the run too long"
         )
     gain = base - best[kind]
     share = _share_of_first_half(validation, train)
     if gain < _SMALL_SHARE * base and share is not None and share < _LINEAR_SHARE:
         return (
             f"the held-out loss fell by {100 * gain / base:.1f} % only, from {base:.5f} to {best[kind]:.5f}, and at "
-            f"the end as fast as at the start: a learning rate of {peak_lr:g} is too low, or the run too short"
+            f"the end as fast as at the start: a learning rate of {peak_lr:.2g} is too low, or the run too short"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""What `evaluate` says of the held-out loss: of all models, by timestep, without text, weighted, and by condition."""
+"""What `evaluate` says of the held-out loss: of all models, without text, weighted, and by condition."""
 
 import sys
 from collections.abc import Iterable
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from diffusers import DDPMScheduler
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -46,12 +45,12 @@ def loss_metrics(
     params: EvaluateParams,
     seed: int,
     models: dict[str, Denoiser],
-    checkpoints: Iterable[tuple[str, Denoiser]],
+    checkpoints: Iterable[tuple[list[str], Denoiser]],
     held_out: HeldOut,
     tokenizer: CLIPTokenizer,
     values: Values,
-) -> tuple[dict[str, float], pd.DataFrame]:
-    """Numbers of the held-out loss, and the loss of `base` and `trained` by timestep, as a table.
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Numbers of the held-out loss, and the losses themselves by model, [images, timesteps].
 
     - `held_out_loss_<model>` of all models, and `held_out_loss_gain` with a 95 % interval over images: of these two
       checkpoints, it says nothing of the recipes that made them.
@@ -63,13 +62,15 @@ def loss_metrics(
 
     Args:
         models: `base` and `trained`.
-        checkpoints: others, by name, of which only the loss itself is measured; taken one by one.
+        checkpoints: others, each with its names, of which only the loss itself is measured; taken one by one. Where it
+            is the trained model itself nothing is computed again.
     """
     trained, null_ids = models["trained"], tokenize(tokenizer, [""])[0]
     held_out.shards.check_columns(trained.method.columns)
     of_images = held_out.ids, held_out.captions(tokenizer), held_out.timesteps.tolist()
     losses = {name: model.losses(held_out) for name, model in models.items()}
-    losses |= {name: model.losses(held_out) for name, model in checkpoints}
+    for names, model in checkpoints:
+        losses |= dict.fromkeys(names, losses["trained"] if model is trained else model.losses(held_out))
     for name, found in losses.items():
         values.add("held_out_loss", name, found, *of_images)
     gain = (losses["base"] - losses["trained"]).mean(axis=1)
@@ -93,8 +94,7 @@ def loss_metrics(
                 values.add(f"{condition}_gap", name, found, *of_images)
         if sentence := unused(condition, gap, losses["trained"].mean(), base_share):
             print(f"WARNING: {sentence}", file=sys.stderr)
-    table = pd.DataFrame({"timestep": of_images[-1], **{name: losses[name].mean(axis=0) for name in models}})
-    return {name: float(number) for name, number in numbers.items()} | {"num_held_out": held_out.num_samples}, table
+    return {name: float(number) for name, number in numbers.items()} | {"num_held_out": held_out.num_samples}, losses
 
 
 def _min_snr(held_out: HeldOut, scheduler: DDPMScheduler) -> np.ndarray:

@@ -12,6 +12,7 @@ held-out captions, and against the base.
 
 import sys
 
+import numpy as np
 from transformers import CLIPTokenizer
 
 from sdtrain.evaluation.held_out import HeldOut
@@ -25,7 +26,12 @@ _MEMORIZED_SHARE = 0.1
 
 
 def memorization_metrics(
-    models: dict[str, Denoiser], held_out: HeldOut, seen: HeldOut, tokenizer: CLIPTokenizer, values: Values
+    models: dict[str, Denoiser],
+    held_out: HeldOut,
+    held_out_losses: dict[str, np.ndarray],
+    seen: HeldOut,
+    tokenizer: CLIPTokenizer,
+    values: Values,
 ) -> dict[str, float]:
     """Both probes as numbers; a model that memorises is also told on stderr.
 
@@ -38,12 +44,13 @@ def memorization_metrics(
 
     Args:
         models: `base` and `trained`.
+        held_out_losses: theirs, [images, timesteps].
         seen: as many training images.
     """
     null_ids, numbers, rises = tokenize(tokenizer, [""])[0], {}, {}
-    for kind, images in (("train", seen), ("held_out", held_out)):
+    train_losses = {name: model.losses(seen) for name, model in models.items()}
+    for kind, images, losses in (("train", seen, train_losses), ("held_out", held_out, held_out_losses)):
         of_images = images.ids, images.captions(tokenizer)
-        losses = {name: model.losses(images) for name, model in models.items()}
         magnitudes = {name: model.guidance_magnitudes(images, null_ids) for name, model in models.items()}
         for name in models:
             values.add(f"guidance_magnitude_{kind}", name, magnitudes[name], *of_images)
@@ -53,7 +60,7 @@ def memorization_metrics(
                 numbers[f"train_loss_{name}"] = losses[name].mean()
         gains = (losses["base"] - losses["trained"]).mean(axis=1)
         rises[kind] = {"gain": gains, "guidance": magnitudes["trained"] - magnitudes["base"]}
-    held_out_loss = losses["trained"].mean()
+    held_out_loss = held_out_losses["trained"].mean()
     for probe in ("gain", "guidance"):
         excess = welch_difference(rises["train"][probe], rises["held_out"][probe])
         if excess is None:  # one image
