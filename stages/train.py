@@ -1,14 +1,14 @@
 """Train on the cached latents: data/checkpoints."""
 
-from sdtrain.params.machine import load_trainable_params
 from sdtrain.train import train
 from sdtrain.training.files import TrainFiles
 from stages import paths, run
 from stages.launch import launch
+from stages.lease import load_params_and_lease
 
 
 def main() -> None:
-    params = load_trainable_params(paths.PARAMS)
+    params = load_params_and_lease(paths.PARAMS)
     launch("stages.train")
     files = TrainFiles(
         base=paths.BASE,
@@ -18,6 +18,7 @@ def main() -> None:
         train_curve=paths.TRAIN_CURVE,
         speed_curve=paths.SPEED_CURVE,
         validation_curve=paths.VALIDATION_CURVE,
+        validation_images=paths.VALIDATION_IMAGES,
         runs=paths.RUNS,
         states=paths.STATES,
     )

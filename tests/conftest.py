@@ -15,9 +15,12 @@ SHRUNK = {
     "precompute": {"batch_size": 16},
     "train": {"max_steps": 4, "batch_size": 8, "micro_batch_size": 8, "lr_warmup_steps": 0, "log_every_n_steps": 1},
     "validation": {"every_n_steps": 2, "num_timesteps": 2, "max_samples": 4, "prompts": []},
-    "sample": {"prompts": ["a red circle", "a large orange star"], "images_per_prompt": 1, "num_inference_steps": 2},
+    "sample": {
+        "prompts": ["a red circle", "a large orange star"], "images_per_prompt": 1, "num_inference_steps": 2,
+        "checkpoints": [],
+    },
     "evaluate": {"num_timesteps": 2, "num_prompts": 4, "num_inference_steps": 2, "num_bootstrap": 100},
-}
+}  # fmt: skip
 
 
 HINTED = {

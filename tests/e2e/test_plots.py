@@ -26,7 +26,9 @@ TABLES = {
     for name, spec in entry.items()
 }
 """What dvc.yaml says of each table."""
-CURVES = {name for entry in PIPELINE["plots"] for name in entry}
+TOP_LEVEL = [entry for entry in PIPELINE["plots"] if isinstance(entry, dict)]
+"""Without images, which nothing here draws."""
+CURVES = {name for entry in TOP_LEVEL for name in entry}
 STAND_IN = '''\
 """Writes the tables of `train` or `evaluate`: an even seed's of scenes with prompts, an odd one's of relit scenes."""
 
@@ -48,6 +50,7 @@ if sys.argv[1] == "train":
     print("stands in for train")
     Path("data/checkpoints").mkdir(parents=True, exist_ok=True)
     Path("data/checkpoints/weights").write_text(str(seed))
+    Path("plots/validation").mkdir(parents=True, exist_ok=True)
     Path("metrics/train.json").write_text("{}")
     write(
         "train.csv",
@@ -71,7 +74,7 @@ def project(tmp_path_factory) -> Project:
     folder = tmp_path_factory.mktemp("plots") / "project"
     folder.mkdir()
     project = Project(folder)
-    pipeline = {"stages": {}, "plots": PIPELINE["plots"]}
+    pipeline = {"stages": {}, "plots": TOP_LEVEL}
     for name, kinds in {"train": ("outs", "metrics", "plots"), "evaluate": ("plots",)}.items():
         shipped = {kind: PIPELINE["stages"][name][kind] for kind in kinds}
         pipeline["stages"][name] = {"cmd": f"python stand_in.py {name}", "params": ["seed"], **shipped}
@@ -102,7 +105,7 @@ def test_what_dvc_yaml_names_is_drawn_and_nothing_else_with_words_at_the_axes(pr
     titles = {name: spec["title"] for name, spec in TABLES.items()}
     assert set(plots) == CURVES | set(titles.values()) - {titles["metrics/prompt_accuracy.csv"]}  # of seed 1: empty
     axes = set(re.findall(r'"title": "([^"]+)"', json.dumps([{**spec, "data": None} for spec in plots.values()])))
-    specs = [*TABLES.values(), *(spec for entry in PIPELINE["plots"] for spec in entry.values())]
+    specs = [*TABLES.values(), *(spec for entry in TOP_LEVEL for spec in entry.values())]
     assert axes >= {spec[label] for spec in specs for label in ("x_label", "y_label") if label in spec}
     assert [title for title in axes if "_" in title] == []
 

@@ -13,8 +13,10 @@ from sdtrain.base import resolve_base
 from sdtrain.dataset import build_dataset
 from sdtrain.evaluate import EvaluateFiles, evaluate_model
 from sdtrain.ground.files import read_json, sha256_file, write_json
-from sdtrain.params.schema import Params
+from sdtrain.ground.samples import Samples
+from sdtrain.params.schema import Params, SampleParams
 from sdtrain.precompute import precompute_latents
+from sdtrain.sample import SampleFiles, draw_samples
 from sdtrain.train import train
 from sdtrain.training.files import TrainFiles
 from tests.conftest import EVERYTHING_LIT, HINTED, WITH_BACKGROUND, merged
@@ -85,6 +87,12 @@ class Workspace:
         evaluate_model(asked, params.method, params.seed, files)
         return read_json(files.metrics)
 
+    def sample(self, model: Path, out: Path, params: SampleParams, **places: Path) -> Samples:
+        """Draw `out / "samples"`; `places` replaces folders, e.g. the base."""
+        ours = {"base": self.base, "checkpoints": out / "none", "dataset": self.dataset, "latents": self.latents}
+        draw_samples(params, 0, SampleFiles(**{**ours, **places}, model=model, out=out / "samples"))
+        return Samples.read(out / "samples")
+
     def files(self, out: Path, **places: Path) -> TrainFiles:
         """The paths of a run whose results are in `out`."""
         ours = {
@@ -95,6 +103,7 @@ class Workspace:
             "train_curve": out / "train.csv",
             "speed_curve": out / "train_speed.csv",
             "validation_curve": out / "validation.csv",
+            "validation_images": out / "validation",
             "runs": out / "runs",
             "states": out / "resume",
         }

@@ -68,7 +68,8 @@ def main(folder: str, base: str, latents: str) -> None:
         TrainFiles(
             base=Path(base), latents=Path(latents), checkpoints=place / "checkpoints", metrics=place / "train.json",
             train_curve=place / "train.csv", speed_curve=place / "train_speed.csv",
-            validation_curve=place / "validation.csv", runs=place / "runs", states=place / "resume",
+            validation_curve=place / "validation.csv", validation_images=place / "validation", runs=place / "runs",
+            states=place / "resume",
         ),
     )  # fmt: skip
 

@@ -26,7 +26,6 @@ from sdtrain.ground.layout import CONTROLNET_FILE
 from sdtrain.ground.manifests import encoders_fingerprint
 from sdtrain.methods import build_method
 from sdtrain.models.parts import load_parts
-from sdtrain.sample import sample_grid
 from sdtrain.tools.overfit import overfit_batch
 from sdtrain.train import train
 from sdtrain.training.devices import build_accelerator
@@ -234,14 +233,17 @@ def test_sample_and_evaluate_under_hints(hinted, controlnet, model, tmp_path):
     assert numbers["hint_gap_trained"] == pytest.approx(best.gap_hint, rel=1e-3, abs=1e-7)
     rows = pd.read_csv(tmp_path / "accuracy.csv")
     assert set(rows.prompts) == {"known", "empty"}  # nothing new is in this world
-    assert set(rows[rows.prompts == "known"].field) == {"color", "shape", "style", "background", "hint"}
-    assert set(rows[rows.prompts == "empty"].field) == {"hint"}
+    assert set(rows[rows.prompts == "known"].attribute) == {"color", "shape", "style", "background", "hint"}
+    assert set(rows[rows.prompts == "empty"].attribute) == {"hint"}
     sample = hinted.make_params().sample
-    sample_grid(sample, 0, hinted.base, hinted.dataset, hinted.latents, model, tmp_path / "samples")
-    with Image.open(tmp_path / "samples" / "grid.png") as grid:
-        captions = json.loads(grid.info["captions"])
+    samples = hinted.sample(model, tmp_path, sample)
     shards = LatentShards(hinted.latents, "validation", encoders_fingerprint(hinted.base))
-    assert captions == held_out_pictures(shards, ["hint"], 2)[0]
+    captions, conditions = held_out_pictures(shards, ["hint"], 2)
+    assert samples.texts == captions
+    assert {image.item for image in (*samples.drawn, *samples.given)} == {shards.ids[row] for row in shards.chosen(2)}
+    assert [(image.prompt, image.name) for image in samples.given] == [(0, "hint"), (1, "hint")]
+    for image, hint in zip(samples.given, conditions["hint"], strict=True):
+        assert np.array_equal(Image.open(tmp_path / "samples" / image.file), hint)
 
 
 def test_generate_takes_hints(hinted, controlnet, model, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from sdtrain import cli
 from sdtrain.base import resolve_base
 from sdtrain.data import lit_scenes
+from sdtrain.evaluation.relighting import lit_questions
 from sdtrain.export import export_model
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json, sha256_file, write_json
@@ -27,7 +29,6 @@ from sdtrain.methods.checkpoints import load_checkpoint
 from sdtrain.models.ic_light import IcLightPipeline
 from sdtrain.models.parts import load_parts, read_configs
 from sdtrain.models.trained import load_relit
-from sdtrain.sample import sample_grid
 from sdtrain.tools.overfit import overfit_batch
 from sdtrain.train import train
 from sdtrain.training.devices import build_accelerator
@@ -259,11 +260,21 @@ def test_sample_and_evaluate(relit, trained, model, tmp_path):
     for (metric, name), value in values.groupby(["metric", "model"]).value.mean().items():
         assert numbers[f"{metric}_{name}"] == pytest.approx(value, rel=1e-5), (metric, name)
     assert {*rows.index.get_level_values("metric"), "held_out_loss", "text_gap", "foreground_gap"} <= {*values.metric}
-    sample_grid(params.sample, 0, relit.base, relit.dataset, relit.latents, model, tmp_path / "samples")
-    with Image.open(tmp_path / "samples" / "grid.png") as grid:
-        captions = json.loads(grid.info["captions"])
-    assert len(captions) == 2
-    assert not any("light" in caption for caption in captions)
+    raw = params.export.model_copy(update={"weights": "raw"})  # so that the last checkpoint isn't what was exported
+    export_model(raw, relit.base, trained.checkpoints, tmp_path / "raw")
+    asked = params.sample.model_copy(update={"checkpoints": ["last"]})
+    samples = relit.sample(tmp_path / "raw", tmp_path, asked, checkpoints=trained.checkpoints)
+    assert len(samples.texts) == 2
+    assert not any("light" in text for text in samples.texts)
+    assert {image.item for image in (*samples.drawn, *samples.given)} == {"scene 0000", "scene 0001"}
+    lights = ["left", "right", "top", "bottom"]
+    drawn = [(image.model, image.light) for image in samples.drawn if image.prompt == 1]
+    assert drawn == [("base", "left"), *((name, light) for name in ("trained", "last") for light in lights)]
+    given = [(image.name, image.light) for image in samples.given if image.prompt == 1]
+    assert given == [("foreground", None), *(("truth", light) for light in lights)]
+    truth = next(image for image in samples.given if image.light == "top")
+    scene = replace(lit_questions(0, 1)[0], light_name="top")
+    assert np.array_equal(Image.open(tmp_path / "samples" / truth.file), scene.truth)
 
 
 def save_inputs(folder: Path) -> dict[str, Path]:
@@ -319,7 +330,7 @@ def test_it_goes_on_from_a_released_offset(relit, with_background, trained, mode
         with_background.train(tmp_path / "refused", base=tmp_path / "base")
     export_model(params.export, tmp_path / "base", run.checkpoints, tmp_path / "model")
     sample = params.sample.model_copy(update={"num_held_out": 1})
-    sample_grid(sample, 0, tmp_path / "base", relit.dataset, relit.latents, tmp_path / "model", tmp_path / "samples")
+    relit.sample(tmp_path / "model", tmp_path, sample, base=tmp_path / "base")
     assert isinstance(load_relit(tmp_path / "model", relit.base), IcLightPipeline)
 
 

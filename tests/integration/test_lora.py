@@ -23,7 +23,6 @@ from sdtrain.ground.headers import read_metadata
 from sdtrain.ground.layout import ADAPTER_FILE
 from sdtrain.models.parts import load_parts
 from sdtrain.params.load import load_params
-from sdtrain.sample import sample_grid
 from sdtrain.tools.overfit import overfit_batch
 from sdtrain.tools.plan import plan_run
 from sdtrain.training.devices import build_accelerator
@@ -219,7 +218,7 @@ def test_sample_and_evaluate_compare_the_base_with_the_adapter(workspace, lora, 
     assert numbers["held_out_loss_base"] == pytest.approx(summary["base_validation_loss"], rel=1e-5)
     assert numbers["held_out_loss_trained"] == pytest.approx(summary["best_validation_loss"], rel=1e-5)
     params = workspace.make_params(**changes()).sample
-    sample_grid(params, 0, workspace.base, workspace.dataset, workspace.latents, model, tmp_path / "samples")
+    workspace.sample(model, tmp_path, params)
     with Image.open(tmp_path / "samples" / "grid.png") as grid:
         half = grid.width // 2
         assert grid.crop((0, 40, half, grid.height)).tobytes() != grid.crop((half, 40, 2 * half, grid.height)).tobytes()
@@ -264,7 +263,7 @@ def test_an_adapter_of_another_base_is_refused(workspace, model, tmp_path):
     other = workspace.changed_base(tmp_path / "base", "vae/config.json", scaling_factor=0.5)
     sample = workspace.make_params().sample
     with pytest.raises(InputError, match=r"model: was trained on another base than .*base; run `dvc repro`, or use"):
-        sample_grid(sample, 0, other, workspace.dataset, workspace.latents, model, tmp_path / "samples")
+        workspace.sample(model, tmp_path, sample, base=other)
 
 
 def test_it_is_drawn_at_its_own_resolution_with_its_own_schedule(workspace, tmp_path):

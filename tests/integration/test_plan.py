@@ -17,7 +17,6 @@ from sdtrain.export import export_model
 from sdtrain.models.parts import meta_parts
 from sdtrain.models.sd1 import SD1
 from sdtrain.precompute import precompute_latents
-from sdtrain.sample import sample_grid
 from sdtrain.tools.plan.base import find_base, latent_shape
 from sdtrain.tools.plan.disk import disk_items
 from sdtrain.tools.plan.images import count_images
@@ -181,8 +180,7 @@ def test_estimates_come_true(workspace, run, make_params, tmp_path):
     assert not any(item.is_there for item in plan.values())
 
     export_model(params.export, workspace.base, run.checkpoints, tmp_path / "model")
-    made = (workspace.base, workspace.dataset, workspace.latents, tmp_path / "model")
-    sample_grid(params.sample, 0, *made, out=tmp_path / "samples")
+    workspace.sample(tmp_path / "model", tmp_path, params.sample)
     assert plan["base"].num_bytes == pytest.approx(folder_bytes(workspace.base), rel=0.01)
     assert plan["dataset"].num_bytes == pytest.approx(folder_bytes(workspace.dataset), rel=0.05)
     assert plan["latents"].num_bytes == pytest.approx(folder_bytes(workspace.latents), rel=0.02)

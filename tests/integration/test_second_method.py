@@ -45,7 +45,7 @@ def params_of(**changes) -> Params:
 
 
 def files_of(folder: Path, base: Path, latents: Path) -> TrainFiles:
-    names = ("checkpoints", "train.json", "train.csv", "speed.csv", "validation.csv", "runs", "resume")
+    names = ("checkpoints", "train.json", "train.csv", "speed.csv", "validation.csv", "validation", "runs", "resume")
     return TrainFiles(base, latents, *(folder / name for name in names))
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sdtrain.ground.statistics import holm, recipe_difference, welch_difference, t_interval
+from sdtrain.ground.statistics import holm, recipe_difference, t_interval, welch_difference
 
 A = np.array([[1.0, 3.0, 5.0], [2.0, 4.0, 9.0]])
 B = np.array([[0.0, 1.0, 2.0], [1.0, 3.0, 5.0], [2.0, 2.0, 2.0]])

@@ -1,17 +1,19 @@
 """The project holds its own shape: layers, and dvc.yaml against what the code imports, reads and names."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from sdtrain.ground.imports import SOURCE, import_closure
 from sdtrain.params.load import load_params
-from sdtrain.params.schema import Params
+from sdtrain.params.schema import ConditionName, Params
 
 ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
@@ -24,10 +26,11 @@ EXACT = ("base", "dataset", "precompute")
 is cheap while its saved state is there."""
 NO_DEPS = (
     "sdtrain", "sdtrain.ground", "sdtrain.data", "sdtrain.models", "sdtrain.evaluation", "sdtrain.training",
-    "sdtrain.ground.errors", "sdtrain.params*", "stages", "stages.paths", "stages.launch",
+    "sdtrain.ground.errors", "sdtrain.ground.gpus", "sdtrain.params*", "stages", "stages.paths", "stages.launch",
+    "stages.lease",
 )  # fmt: skip
 """Modules that no stage depends on: params (DVC watches their values), the exceptions, the paths (they are the outs'),
-how processes are started, and packages' docstrings."""
+which GPUs a process gets, how processes are started, and packages' docstrings."""
 
 
 def closure_of(stage: str) -> set[str]:
@@ -139,7 +142,7 @@ def test_every_stage_runs_its_own_script_and_nothing_else():
     assert {stage: spec["cmd"] for stage, spec in PIPELINE["stages"].items()} == {
         stage: f"python -m stages.{stage}" for stage in STAGES
     }
-    scripts = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__", "launch", "paths"}
+    scripts = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__", "launch", "lease", "paths"}
     assert scripts == set(STAGES)
 
 
@@ -168,3 +171,25 @@ def test_light_stages_import_no_torch():
         "import sys, stages.base, stages.dataset; sys.exit(bool({'torch', 'diffusers', 'datasets'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_every_plot_names_columns_that_its_table_has():
+    """And says what its axes show, unless its template leaves them bare."""
+    plots = [
+        entry for spec in PIPELINE["stages"].values() for entry in spec.get("plots", []) if isinstance(entry, dict)
+    ]
+    plots = [(name, spec | {"y": {name: spec["y"]}}) for entry in plots for name, spec in entry.items()]
+    curves = [entry for entry in PIPELINE["plots"] if isinstance(entry, dict)]  # the others are images
+    plots += [(name, spec) for entry in curves for name, spec in entry.items()]
+    for name, spec in plots:
+        assert spec.get("template") == "bars" or {"x_label", "y_label"} < set(spec), name
+        for table, columns in spec["y"].items():
+            header = (ROOT / table).read_text().splitlines()[0].split(",")
+            named = [spec["x"], *([columns] if isinstance(columns, str) else columns)]
+            assert [column for column in named if column not in header] == [], f"{name}: {table}"
+
+
+def test_the_plot_of_condition_use_knows_every_condition():
+    template = json.loads((ROOT / ".dvc" / "plots" / "condition_use.json").read_text())
+    conditions = ("text", *get_args(ConditionName))
+    assert template["transform"][0]["fold"] == [f"gap_{condition}" for condition in conditions]

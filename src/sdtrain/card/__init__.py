@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
-from PIL import Image
 
 from sdtrain.card.images import images
 from sdtrain.card.recorded import Model, read_model
@@ -19,6 +18,7 @@ from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, write_text
 from sdtrain.ground.layout import UNET_OFFSET
 from sdtrain.ground.markdown import code_block, code_span, one_line
+from sdtrain.ground.samples import GRID, Samples
 from sdtrain.ground.schedules import scaled_lr
 from sdtrain.params.schema import DatasetParams, EvaluateParams, SampleParams, TrainParams
 
@@ -46,12 +46,12 @@ def write_card(
     Raises:
         InputError: an input is missing or broken; names the file, and the stage that writes it.
     """
-    found, grid = read_model(model, base), _find_grid(samples)
-    shown = sample if sample.num_held_out is None else sample.model_copy(update={"prompts": _read_captions(grid)})
+    found, grid, drawn = read_model(model, base), _find_grid(samples), Samples.read(samples)
+    shown = sample if sample.num_held_out is None else sample.model_copy(update={"prompts": drawn.texts})
     sections = [
         f"---\n{_front_matter(found).to_yaml()}\n---",
         _title(found),
-        images(found, shown, seed, grid.name),
+        images(found, shown, seed, grid.name, [name for name in drawn.models if name not in ("base", "trained")]),
         results(evaluate, metrics, accuracy_table, relighting_table),
         _training(found),
         usage(found, shown, seed),
@@ -65,7 +65,7 @@ def write_card(
 
 
 def _find_grid(samples: Path) -> Path:
-    grid, again = samples / "grid.png", "run `dvc repro sample`"
+    grid, again = samples / GRID, "run `dvc repro sample`"
     try:
         with grid.open("rb") as file:
             is_png = file.read(len(_PNG)) == _PNG
@@ -74,15 +74,6 @@ def _find_grid(samples: Path) -> Path:
     if not is_png:
         raise InputError(f"{grid}: not a PNG image; {again}")
     return grid
-
-
-def _read_captions(grid: Path) -> list[str]:
-    """The captions of the grid's rows, which the stage `sample` wrote into the file."""
-    with Image.open(grid) as image:
-        text = image.info.get("captions")
-    if text is None:
-        raise InputError(f"{grid}: has no captions, as sample.num_held_out wants; run `dvc repro sample`")
-    return json.loads(text)
 
 
 def _front_matter(model: Model) -> ModelCardData:

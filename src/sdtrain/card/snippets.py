@@ -91,7 +91,7 @@ def _call(sample: SampleParams, seed: int, *more: str) -> list[str]:
         *([f"negative_prompt={sample.negative_prompt!r},"] if sample.negative_prompt else []),
         *more,
         f"num_inference_steps={sample.num_inference_steps},",
-        f"guidance_scale={sample.guidance_scale!r},",
+        f"guidance_scale={sample.guidance_scales[0]!r},",
         f'generator=torch.Generator("cpu").manual_seed({seed}),',
     ]
     return ["image = pipeline(", *(f"    {line}" for line in arguments), ").images[0]", 'image.save("image.png")']

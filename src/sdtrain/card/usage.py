@@ -208,6 +208,6 @@ def _generate(folder: Path, sample: SampleParams) -> str:
         option("model", folder.as_posix()),
         option("prompt", one_line(sample.prompts[0])),  # line breaks are mere white space to CLIP's tokenizer
         *([option("negative-prompt", one_line(sample.negative_prompt))] if sample.negative_prompt else []),
-        f"--steps {sample.num_inference_steps} --guidance-scale {sample.guidance_scale!r} --out outputs",
+        f"--steps {sample.num_inference_steps} --guidance-scale {sample.guidance_scales[0]!r} --out outputs",
     ]
     return f"sdtrain generate {' '.join(options)}"

@@ -27,17 +27,11 @@ def _not_generated(p: View) -> tuple[str, str] | None:
         return f"dataset.source = {p.dataset.source!r}, which has no images to measure", "dataset.source to generated"
 
 
-def _no_trackers(p: View) -> tuple[str, str] | None:
-    if not p.train.trackers:
-        return "train.trackers = []: only trackers show images", "train.trackers to [tensorboard]"
-
-
 def _no_images(p: View) -> tuple[str, str] | None:
-    if p.train.trackers and not p.validation.prompts and p.validation.num_held_out is None:
+    if not p.validation.prompts and p.validation.num_held_out is None:
         if conditions_of(p):
             return "validation.num_held_out = None", "validation.num_held_out to a number"
         return "validation.prompts = []", "add prompts there"
-    return _no_trackers(p)
 
 
 def _no_ema(p: View) -> tuple[str, str] | None:
@@ -46,8 +40,8 @@ def _no_ema(p: View) -> tuple[str, str] | None:
 
 
 def _no_guidance(p: View) -> tuple[str, str] | None:
-    if p.sample.guidance_scale <= 1:
-        return f"sample.guidance_scale = {p.sample.guidance_scale}, which is none", "sample.guidance_scale above 1"
+    if p.sample.guidance_scales and max(p.sample.guidance_scales) <= 1:
+        return f"sample.guidance_scales = {p.sample.guidance_scales}, which is none", "add a scale above 1 there"
 
 
 def _no_branch(p: View) -> tuple[str, str] | None:
@@ -129,13 +123,24 @@ def _ema_settings_fit(p: View) -> str | None:
             return f"train.{field} = {value}: train.ema_schedule = {schedule!r} doesn't use it; set it to null"
 
 
-def _listed_once(field: str) -> Rule:
+def _listed_once(section: str, field: str) -> Rule:
     def rule(p: View) -> str | None:
-        values = getattr(p.train, field)
+        values = getattr(getattr(p, section), field)
         if len(set(values)) < len(values):
-            return f"train.{field} = {values}: lists a value twice"
+            return f"{section}.{field} = {values}: lists a value twice"
 
     return rule
+
+
+def _checkpoints_are_kept(p: View) -> str | None:
+    num = p.train.num_best_checkpoints
+    for name in p.sample.checkpoints:
+        rank = int(name.removeprefix("best-")) if name.startswith("best-") else 1
+        if rank > num:
+            return (
+                f"sample.checkpoints = {p.sample.checkpoints}: {name} isn't kept with train.num_best_checkpoints = "
+                f"{num}; leave it out, or set train.num_best_checkpoints to {rank}"
+            )
 
 
 def _revision_needs_repo(part: str) -> Rule:
@@ -215,8 +220,9 @@ RULES: tuple[Rule, ...] = (
     has_effect("dataset.alpha_background", _generated), has_effect("precompute.center_crop", _generated),
     has_effect("evaluate.num_prompts", _not_generated), has_effect("evaluate.num_inference_steps", _not_generated),
     has_effect("evaluate.guidance_scale", _not_generated),
-    has_effect("validation.prompts", _no_trackers), has_effect("validation.num_inference_steps", _no_images),
-    has_effect("validation.guidance_scale", _no_images), has_effect("sample.negative_prompt", _no_guidance),
+    has_effect("validation.num_inference_steps", _no_images), has_effect("validation.guidance_scale", _no_images),
+    has_effect("sample.negative_prompt", _no_guidance), _checkpoints_are_kept,
+    _listed_once("sample", "checkpoints"), _listed_once("sample", "guidance_scales"),
     has_effect("train.timestep_sampling", _one_row),
     has_effect("train.ema_schedule", _no_ema), has_effect("train.ema_decay", _no_ema, neutral="null"),
     has_effect("train.ema_inv_gamma", _no_ema), has_effect("train.ema_power", _no_ema),
@@ -226,7 +232,7 @@ RULES: tuple[Rule, ...] = (
     _lr_setting_has_effect("lr_power", 1.0, "polynomial"), _polynomial_falls,
     _reference_batch_is_stated, _step_rules_are_sound, _terminal_noise_needs_velocity, _ema_settings_fit,
     has_effect("train.branch_from", _no_branch), has_effect("train.resume_reset", _no_branch),
-    _listed_once("resume_reset"), _listed_once("trackers"),
+    _listed_once("train", "resume_reset"), _listed_once("train", "trackers"),
     _constant_has_no_warmup, _warmup_ends, _export_has_weights, _captions_survive_the_flip,
-    _revision_needs_repo("controlnet"), has_effect("validation.num_held_out", _no_trackers), *METHOD_RULES,
+    _revision_needs_repo("controlnet"), *METHOD_RULES,
 )  # fmt: skip

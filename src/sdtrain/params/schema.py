@@ -321,8 +321,8 @@ class ValidationParams(Section):
     batch_size: PositiveInt
     """Noised latents per UNet call. Changes speed and memory only."""
     prompts: list[Text]
-    """Prompts whose images go to the trackers at each validation after step 0, with the same noise each time; may be
-    empty, and must be empty without trackers."""
+    """Prompts whose images are drawn at each validation after step 0, with the same noise each time, for
+    `plots/validation` and the trackers; may be empty."""
     num_held_out: PositiveInt | None
     """Instead of prompts, for methods with conditions only: draw this many held-out images' captions and conditions."""
     num_inference_steps: PositiveInt
@@ -349,11 +349,14 @@ class ExportParams(Section):
     """Also export the full model as one file in the original Stable Diffusion layout, for ComfyUI and A1111."""
 
 
+CheckpointName = Annotated[str, StringConstraints(pattern=r"^(last|best|best-([2-9]|[1-9][0-9]+))$")]
+
+
 class SampleParams(Section):
-    """The grid of images, base beside trained."""
+    """Images to compare: base beside trained, and further checkpoints."""
 
     prompts: list[Text]
-    """One row of the grid each; empty with `num_held_out`."""
+    """One row of the grids each; empty with `num_held_out`."""
     num_held_out: PositiveInt | None
     """Instead of prompts, for methods with conditions only: one row for each of this many held-out images, with its
     caption and conditions."""
@@ -363,8 +366,12 @@ class SampleParams(Section):
     """Images per prompt and model."""
     num_inference_steps: PositiveInt
     """DPM-Solver++ steps."""
-    guidance_scale: Annotated[float, Field(ge=0)]
-    """Classifier-free guidance; 1 or less is none."""
+    guidance_scales: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)]
+    """Classifier-free guidance; 1 or less is none. The first one's images are `grid.png`, which the card shows, each
+    further one's a grid of their own."""
+    checkpoints: list[CheckpointName]
+    """Kept checkpoints to draw beside the exported model, with EMA weights where they have them: `last`, `best`,
+    `best-2`, …; may be empty. One that is the exported model is left out."""
     batch_size: PositiveInt
     """Images drawn at once. Changes speed and memory only."""
 

@@ -25,7 +25,6 @@ NEUTRAL = {
     "train.resume_reset": [],
     "train.ema_schedule": "ramp",
     "train.ema_decay": 0.99,
-    "validation.prompts": [],
     "validation.num_inference_steps": 20,
     "validation.guidance_scale": 4.0,
     "export.merged": False,
@@ -34,7 +33,7 @@ NEUTRAL = {
     "evaluate.num_inference_steps": 20,
     "evaluate.guidance_scale": 4.0,
 }
-"""Values of fields without effect: those of the shipped params.yaml (except for the prompts, which it uses).
+"""Values of fields without effect: those of the shipped params.yaml.
 
 Null is neutral, too, for every field that may be null, and the only neutral value of fields not listed here.
 """

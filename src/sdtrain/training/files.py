@@ -20,6 +20,8 @@ class TrainFiles:
     """Out: the training curve, CSV, as are the other two."""
     speed_curve: Path
     validation_curve: Path
+    validation_images: Path
+    """Out: a folder for each validation prompt, with an image for each step."""
     runs: Path
     """The trackers' files."""
     states: Path

@@ -19,6 +19,7 @@ from sdtrain.training.devices import build_accelerator
 from sdtrain.training.disk import check_disk
 from sdtrain.training.files import TrainFiles
 from sdtrain.training.identity import SPLIT, describe, git_commit
+from sdtrain.training.images import asked_images
 from sdtrain.training.optimizer import build_lr_scheduler
 from sdtrain.training.preflight import check_base, check_run
 from sdtrain.training.selection import Candidate, has_stalled
@@ -28,7 +29,7 @@ from sdtrain.training.states import StateStore
 from sdtrain.training.step import weights_norm
 from sdtrain.training.trackers import Trackers
 from sdtrain.training.trainer import Trainer, build_trainer
-from sdtrain.training.validation import build_held_out
+from sdtrain.training.validation import build_held_out, drawn_prompts
 
 
 @dataclass
@@ -56,6 +57,10 @@ class Run:
         """Whether early stopping's patience has run out."""
         validated = [row["step"] for row in self.curves.validation_rows]
         return has_stalled(self.best, validated, self.spec.params.train.early_stopping_patience)
+
+    def images_asked(self) -> dict:
+        """What the images of the run's validations show and how, as the params ask now."""
+        return asked_images(self.spec.params.validation, drawn_prompts(self.trainer, self.held_out))
 
     def head_fields(self) -> dict:
         """The run's fields of a `StateHead`, as JSON; every process must call it."""

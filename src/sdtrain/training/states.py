@@ -3,7 +3,8 @@
 `<root>/<fingerprint>/step-<n>/` has `weights.safetensors`, `ema.safetensors` (if an average is kept),
 `optimizer.safetensors`, `state.json` (`StateHead`) and `SHA256SUMS`, which lists each file's SHA-256;
 `<root>/<fingerprint>/checkpoints/` has the best checkpoints so far, and `finished.json` is there once
-the run has written its outs. The root is outside the outs, which DVC deletes before a stage runs, and
+the run has written its outs. `<root>/<fingerprint>/images/step-<n>/` has the validation images drawn there
+(`images.py`). The root is outside the outs, which DVC deletes before a stage runs, and
 outside the copies that `--temp` and queued runs work in. A state is complete or not there: it is
 written under another name, flushed to disk, and renamed. Two are kept. A state and the checkpoints
 that it refers to are checked before it is used; a damaged one is renamed to `step-<n>.damaged`, and
@@ -239,10 +240,14 @@ class StateStore:
         """The path of a checkpoint of this run."""
         return self.folder / "checkpoints" / f"step-{step:08}"
 
+    def images(self, step: int) -> Path:
+        """The path of the images drawn at a validation of this run."""
+        return self.folder / "images" / f"step-{step:08}"
+
     def clear(self) -> None:
-        """Delete this run's states and checkpoints, the damaged ones too."""
+        """Delete this run's states, checkpoints and images, the damaged ones too."""
         (self.folder / _FINISHED).unlink(missing_ok=True)
-        for path in [*self.folder.glob("step-*"), self.folder / "checkpoints"]:
+        for path in [*self.folder.glob("step-*"), self.folder / "checkpoints", self.folder / "images"]:
             if path.is_dir():
                 delete_folder(path)
             else:

@@ -34,11 +34,6 @@ class Trackers:
         hidden = None if accelerator.is_main_process else True  # None hides it if there is no terminal
         self._progress = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", disable=hidden)
 
-    @property
-    def show_images(self) -> bool:
-        """Whether this process has trackers that show images."""
-        return self._accelerator.is_main_process and bool(self._accelerator.trackers)
-
     def step(self) -> None:
         """Move the progress bar by one step."""
         self._progress.update()

@@ -10,7 +10,7 @@ from sdtrain.data.shards import LatentShards, held_out_pictures
 from sdtrain.evaluation.held_out import HeldOut, conditions_of
 from sdtrain.ground.manifests import encoders_fingerprint
 from sdtrain.models.ema import averaged
-from sdtrain.models.pipelines import generate
+from sdtrain.models.pipelines import Conditions, generate
 from sdtrain.training.files import TrainFiles
 from sdtrain.training.trainer import Trainer
 
@@ -60,21 +60,17 @@ class Validation:
     gaps: dict[str, float | None]
     """By condition, the condition-use gap of the EMA's weights, else of the raw ones; None if all images share it."""
     images: list[Image.Image]
+    """Of the main process, for each of `drawn_prompts`; of the others none."""
 
 
-def validate(trainer: Trainer, held_out: HeldOut, show_images: bool) -> Validation:
-    """Held-out losses, condition-use gaps, and if wanted images of the averaged weights."""
-    images: list[Image.Image] = []
+def validate(trainer: Trainer, held_out: HeldOut) -> Validation:
+    """Held-out losses, condition-use gaps and images."""
     losses = {"raw": held_out_losses(trainer, held_out, trainer.scheduler)}
     with averaged(trainer.weights.values(), trainer.ema):
         if trainer.ema is not None:
             losses["ema"] = held_out_losses(trainer, held_out, trainer.scheduler)
         gaps = condition_gaps(trainer, held_out, trainer.scheduler, losses.get("ema", losses["raw"]))
-        if show_images:
-            trainer.method.trained.eval()
-            images = _draw(trainer, held_out)
-            trainer.method.trained.train()
-    return Validation(losses, gaps, images)
+    return Validation(losses, gaps, draw_images(trainer, held_out) if trainer.accelerator.is_main_process else [])
 
 
 def condition_gaps(
@@ -95,17 +91,35 @@ def condition_gaps(
     return gaps
 
 
-def _draw(trainer: Trainer, held_out: HeldOut) -> list[Image.Image]:
+def drawn_prompts(trainer: Trainer, held_out: HeldOut) -> list[str]:
+    """What `draw_images` draws: prompts, or held-out captions; may be none."""
+    return _drawn(trainer, held_out, conditions=())[0]
+
+
+def draw_images(trainer: Trainer, held_out: HeldOut) -> list[Image.Image]:
+    """An image of the averaged weights, or if there is no average of the current ones, for each of `drawn_prompts`."""
     validation = trainer.params.validation
-    prompts, conditions = validation.prompts, {}
-    if validation.num_held_out is not None:
-        prompts, conditions = held_out_pictures(held_out.shards, trainer.method.conditions, validation.num_held_out)
-    return generate(
-        trainer.method.pipeline(trainer.scheduler),
-        prompts,
-        list(range(len(prompts))),
-        conditions=conditions,
-        batch_size=validation.batch_size,
-        num_inference_steps=validation.num_inference_steps,
-        guidance_scale=validation.guidance_scale,
-    )
+    prompts, conditions = _drawn(trainer, held_out, trainer.method.conditions)
+    if not prompts:
+        return []
+    with averaged(trainer.weights.values(), trainer.ema):
+        trainer.method.trained.eval()
+        images = generate(
+            trainer.method.pipeline(trainer.scheduler),
+            prompts,
+            list(range(len(prompts))),
+            conditions=conditions,
+            batch_size=validation.batch_size,
+            num_inference_steps=validation.num_inference_steps,
+            guidance_scale=validation.guidance_scale,
+        )
+        trainer.method.trained.train()
+    return images
+
+
+def _drawn(trainer: Trainer, held_out: HeldOut, conditions: tuple[str, ...]) -> tuple[list[str], Conditions]:
+    """Prompts and, of held-out images, these conditions."""
+    validation = trainer.params.validation
+    if validation.num_held_out is None:
+        return validation.prompts, {}
+    return held_out_pictures(held_out.shards, conditions, validation.num_held_out)

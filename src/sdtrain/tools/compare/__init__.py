@@ -20,8 +20,8 @@ from sdtrain.ground.statistics import (
     bootstrap_interval,
     holm,
     recipe_difference,
-    welch_difference,
     t_interval,
+    welch_difference,
 )
 from sdtrain.tools.compare.recipes import Recipe, group_runs
 from sdtrain.tools.compare.runs import Run

@@ -8,6 +8,7 @@ from huggingface_hub import constants
 
 from sdtrain.data.conditions import CONDITIONS
 from sdtrain.data.shards import NUM_PROBES
+from sdtrain.ground.grid import MIN_CELL_PX
 from sdtrain.ground.light import MAP_PX
 from sdtrain.ground.manifests import LIT_WORLDS
 from sdtrain.methods import METHODS
@@ -22,8 +23,6 @@ from sdtrain.training.memory import Costs
 
 _ID_BYTES = 38
 """Of an image's id in the head of a latent shard: 32 characters, quotes with their backslashes, comma, space."""
-_MIN_CELL_PX = 128
-"""To which the grid of samples upscales small images."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def disk_items(
         Item("states", needs.states_bytes, states, is_out=False),
         Item("checkpoints", needs.checkpoints_bytes, checkpoints),
         Item("model", model_bytes, f"about, {params.export.dtype}"),
-        Item("samples", _grid_bytes(params, base.configs, latent_shape[-1]), "at most"),
+        Item("samples", _samples_bytes(params, base.configs, latent_shape[-1]), "at most"),
         *_hub_items(params, base, images, made),
     ]
 
@@ -99,16 +98,18 @@ def _condition_bytes(params: Params, name: str, latent_shape: tuple[int, int, in
     return 3 * 4 * math.prod(getattr(params.method, "light_size", None) or (MAP_PX, MAP_PX))
 
 
-def _grid_bytes(params: Params, configs: Configs, latent_size: int) -> int:
-    """The grid's pixels before PNG compression: base, trained and conditions, at the size that the base draws."""
+def _samples_bytes(params: Params, configs: Configs, latent_size: int) -> int:
+    """The images' pixels before PNG compression, by themselves and in grids, at the size that the base draws."""
     own = configs.unet.get("sample_size")
     drawn = vae_factor(configs.vae["block_out_channels"]) * (own if isinstance(own, int) else latent_size)
-    side = drawn * math.ceil(_MIN_CELL_PX / drawn)
+    side = drawn * math.ceil(MIN_CELL_PX / drawn)
     num_rows = params.sample.num_held_out or len(params.sample.prompts)
-    num_columns = 2 * params.sample.images_per_prompt + len(_conditions(params))
+    num_scales, num_checkpoints = len(params.sample.guidance_scales), len(params.sample.checkpoints)
+    num_given, num_drawn = len(_conditions(params)) + 1, params.sample.images_per_prompt * (2 + num_checkpoints)
     if params.dataset.world in LIT_WORLDS:
-        num_columns = 2 + 2 * 4  # foreground, base, and under four lights truth and trained
-    return num_rows * num_columns * 3 * side**2
+        num_given, num_drawn = 1 + 4, 1 + 4 * (1 + num_checkpoints)  # foreground, base; the others under four lights
+    pixels = num_scales * (num_given + num_drawn) * side**2 + (num_given + num_scales * num_drawn) * drawn**2
+    return num_rows * 3 * pixels
 
 
 def _hub_items(params: Params, base: Base, images: Images, made: Made) -> list[Item]:
