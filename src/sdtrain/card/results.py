@@ -28,6 +28,14 @@ _RELIGHTING = {
     "light_sensitivity": ("difference between these two lights", ""),
 }
 """Metrics of relighting in words, with their unit. The second of the last two tells what the first is worth."""
+_LOSSES = {
+    "held_out_loss_null_text": "held-out loss without captions",
+    "held_out_loss_min_snr": "held-out loss, min-SNR weighted",
+    "train_loss": "loss of as many training images",
+    "guidance_magnitude_train": "how far training captions move the prediction of noise",
+    "guidance_magnitude_held_out": "how far held-out captions do",
+}
+"""Further metrics of held-out and training images in words."""
 
 
 class _Interval(BaseModel):
@@ -84,6 +92,9 @@ def results(evaluate: EvaluateParams, metrics: Path, accuracy_table: Path, relig
             rows.append(_measured_row(stem, label, numbers, accuracies, "accuracies", metrics))
         elif found := re.fullmatch(r"([a-z]+)_gap", stem):
             rows.append(_gap_row(found[1], numbers, metrics))
+        elif stem in _LOSSES:
+            both = (f"{numbers[f'{stem}_{model}']:.4g}" for model in ("base", "trained"))
+            rows.append((_LOSSES[stem], *both, f"{numbers['num_held_out']:.0f} images"))
         else:
             rows.append((stem.replace("_", " "), *(f"{numbers[f'{stem}_{m}']:.4g}" for m in ("base", "trained")), ""))
     rows += _relighting_rows(numbers, relighting, metrics)
