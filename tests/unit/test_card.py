@@ -385,8 +385,8 @@ def test_metrics_stand_beside_each_other_with_interval_and_n(project):
     assert rows[3] == ["its gain, base − trained", "", "0.09842 (0.08675 to 0.1104)", "214 images"]
     assert rows[4] == ["held-out loss without captions", "0.1129", "0.06067", "214 images"]
     gap = ["its rise with another image's caption", "0.1148", "0.1453 (0.1368 to 0.1539)", "214 images"]
-    assert rows[6] == gap
-    assert rows[8] == ["loss of as many training images", "0.13", "0.03412", "214 images"]
+    assert rows[9] == gap
+    assert rows[6] == ["loss of as many training images", "0.13", "0.03412", "214 images"]
     assert rows[10] == ["color, new concepts", "0.0 % (0.0 % to 3.8 %)", "94.8 % (88.4 % to 97.8 %)", "96"]
     assert len(rows) == 2 + 8 + 12
     assert "don't show that training helped" not in card

@@ -83,7 +83,9 @@ def results(evaluate: EvaluateParams, metrics: Path, accuracy_table: Path, relig
     numbers = read_recorded(metrics, dict[_Name, FiniteFloat], _STAGE)
     accuracies, relighting = _read_table(accuracy_table, _Accuracy), _read_table(relighting_table, _Relighting)
     rows = _loss_rows(numbers, evaluate, metrics)
-    for stem in [name.removesuffix("_base") for name in numbers if name.endswith("_base")]:
+    stems = [name.removesuffix("_base") for name in numbers if name.endswith("_base")]
+    order = {stem: place for place, stem in enumerate(_LOSSES)}
+    for stem in sorted(stems, key=lambda stem: order.get(stem, len(order))):
         if stem == "held_out_loss" or stem in _RELIGHTING or f"{stem}_trained" not in numbers:
             continue
         if found := re.fullmatch(r"([a-z0-9]+)_([a-z0-9_]+)_accuracy", stem):
