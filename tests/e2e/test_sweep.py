@@ -51,6 +51,7 @@ if str(seed) in (outside / "failing").read_text().split():
     sys.exit(f"seed {seed} fails on purpose")
 Path("metrics").mkdir(exist_ok=True)
 metrics = {"seed": seed, "lr": params.train.lr, "length": len(params.sample.negative_prompt)}
+metrics["held_out_loss_trained"] = 0.1 + seed / 1000
 Path("metrics/evaluate.json").write_text(json.dumps(metrics))
 """
 PIPELINE = """\
@@ -63,6 +64,8 @@ stages:
       - metrics/evaluate.json:
           cache: false
 """
+RANKING = "held_out_loss_trained, lower is better\n"
+"""How a sweep that came to its end goes on."""
 SDTRAIN = [sys.executable, "-c", "from sdtrain.cli import main; main()"]
 
 
@@ -214,9 +217,11 @@ def test_whatever_is_killed_each_result_is_there_once_and_no_gpu_is_shared(toy):
 
     toy.tell(stage_s="0.1", failing="")
     toy.sweep(*arguments)
-    assert toy.results() == {f"seed-{seed}": {"seed": seed, "lr": 2e-3, "length": 0} for seed in range(4)}
+    shared = {"lr": 2e-3, "length": 0}
+    expected = {seed: {"seed": seed, **shared, "held_out_loss_trained": 0.1 + seed / 1000} for seed in range(4)}
+    assert toy.results() == {f"seed-{seed}": metrics for seed, metrics in expected.items()}
     num_ticks = sum(map(len, toy.ticks().values()))
-    assert toy.sweep(*arguments).endswith("4 skipped\n")
+    assert f"\n4 skipped\n{RANKING}" in toy.sweep(*arguments)
     assert sum(map(len, toy.ticks().values())) == num_ticks
 
     spans = defaultdict(list)
@@ -248,7 +253,7 @@ def test_a_task_that_outlives_its_sweep_is_not_started_twice(toy):
     wait_until(lambda: toy.ticks(20))
     first.kill()
     first.communicate()
-    assert toy.sweep("train.seed=20").endswith("1 skipped\n")
+    assert f"\n1 skipped\n{RANKING}" in toy.sweep("train.seed=20")
     assert len(toy.ticks(20)) == 1
 
 
@@ -264,7 +269,7 @@ def test_a_stage_whose_dvc_is_dead_is_stopped_before_its_task_runs_again(toy):
     for dvc in toy.processes("exp", "--temp"):
         dvc.kill()
     toy.tell(stage_s="0.3")
-    assert toy.sweep("train.seed=21").endswith("1 done\n")
+    assert f"\n1 done\n{RANKING}" in toy.sweep("train.seed=21")
     (_, orphan), (_, second) = sorted(toy.ticks(21).items(), key=lambda item: item[1])
     assert max(orphan) < min(second)
     assert toy.copies() <= before
@@ -284,7 +289,7 @@ def test_ctrl_c_lets_the_stages_stop_and_the_same_command_resumes(toy):
         assert "the stage was asked to stop" in (toy.folder / ".dvc" / "tmp" / "sweep" / f"seed-{seed}.log").read_text()
     assert toy.processes("stages.toy") == []
     toy.tell(stage_s="0.1")
-    assert toy.sweep("train.seed=30..31").endswith("2 done\n")
+    assert f"\n2 done\n{RANKING}" in toy.sweep("train.seed=30..31")
 
 
 def test_a_run_killed_in_its_start_leaves_the_workspace_as_it_was(toy):
@@ -301,7 +306,7 @@ def test_a_run_killed_in_its_start_leaves_the_workspace_as_it_was(toy):
     for dvc in toy.processes("exp", "--temp"):
         dvc.kill()
     sweep.communicate()
-    assert toy.sweep("train.seed=40").endswith("1 done\n")
+    assert f"\n1 done\n{RANKING}" in toy.sweep("train.seed=40")
     assert (toy.run("git", "diff"), toy.run("git", "diff", "--cached")) == before
     assert toy.stashes() == ""
     assert toy.run("git", "symbolic-ref", "HEAD") == "refs/heads/main\n"
