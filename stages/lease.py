@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sdtrain.ground.gpus import lease_gpus
+from sdtrain.ground.gpus import lease_gpus, visible_gpus
 from sdtrain.params.load import load_params
 from sdtrain.params.machine import check_machine, launch_numbers
 from sdtrain.params.schema import Params
@@ -21,7 +21,7 @@ def load_params_and_lease(path: Path, num_gpus: int | None = None) -> Params:
         InputError: names every fault of the file, or of the machine; or there are too few GPUs.
     """
     params = load_params(path)
-    num_processes, _ = launch_numbers()
+    (num_processes, _), num_visible = launch_numbers(), len(visible_gpus())
     lease_gpus(num_processes if num_gpus is None else num_gpus)
-    check_machine(params.train)
+    check_machine(params.train, num_visible or None)
     return params

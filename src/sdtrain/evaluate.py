@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import torch
 from diffusers import DiffusionPipeline
 
 from sdtrain.data.shards import LatentShards
@@ -72,7 +73,7 @@ def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: Ev
     )
     held_out = ask(shards, max_samples=params.max_samples)
     seen = ask(LatentShards(files.latents, "train", encoders_fingerprint(base)), max_samples=held_out.num_samples)
-    checkpoints = _checkpoints(files, models["trained"])
+    checkpoints = _checkpoints(files, models)
     numbers, losses = loss_metrics(params, seed, models, checkpoints, held_out, pipeline.tokenizer, values)
     numbers |= memorization_metrics(models, held_out, losses, seen, pipeline.tokenizer, values)
     table = pd.DataFrame({"timestep": held_out.timesteps, **{name: losses[name].mean(axis=0) for name in models}})
@@ -121,16 +122,17 @@ def _denoisers(
         if name == "base" and not isinstance(pipeline, IcLightPipeline):  # which has what the method starts from
             parts.others |= load_others(base, first_parts(params, base))
             parts.set_resolution(latents.params["resolution"])
-        built[name] = Denoiser(build_method(params, parts), parts.scheduler)
-        for module in (*parts.modules(), built[name].method.trained):
-            module.to(pipeline.device)
+        method = build_method(params, parts)
+        built[name] = Denoiser(method, parts.scheduler, (*parts.modules(), method.trained))
+        built[name].to(pipeline.device)
     return built
 
 
-def _checkpoints(files: EvaluateFiles, trained: Denoiser) -> Iterator[tuple[list[str], Denoiser]]:
-    """All kept checkpoints' weights with their names, e.g. `best_ema`, one at a time.
+def _checkpoints(files: EvaluateFiles, models: dict[str, Denoiser]) -> Iterator[tuple[list[str], Denoiser]]:
+    """All kept checkpoints' weights with their names, e.g. `best_ema`, one at a time, in the place of the base.
 
-    What has several names, because the last step was the best, comes once; as `trained` if that was exported from it.
+    What has several names, because the last step was the best, comes once; as the trained model itself if that has just
+    these weights.
     """
     names: dict[tuple, list[str]] = {}
     for folder in sorted(path for path in files.checkpoints.iterdir() if is_checkpoint(path)):
@@ -139,12 +141,22 @@ def _checkpoints(files: EvaluateFiles, trained: Denoiser) -> Iterator[tuple[list
             if (folder / weights).exists():
                 key = (config["fingerprint"], config["step"], weights)
                 names.setdefault(key, []).append(f"{folder.name.replace('-', '_')}_{weights}")
-    exported = read_json(files.model / "training_config.json") if names else {}
-    for key, same in names.items():
-        if key == (exported["fingerprint"], exported["step"], exported["export"]["weights"]):
-            yield same, trained
-            continue
+    if not names:
+        return
+    exported = read_json(files.model / "training_config.json")
+    twin = (exported["fingerprint"], exported["step"], exported["export"]["weights"])
+    if exported["export"]["dtype"] == "fp32" and twin in names:
+        yield names.pop(twin), models["trained"]
+    device, method = pick_device(), None
+    models["base"].to(torch.device("cpu"))  # so that no more than two models are on the accelerator
+    for same in names.values():
         folder, _, weights = same[0].rpartition("_")
-        method, scheduler, _ = load_checkpoint(files.checkpoints / folder.replace("_", "-"), weights, files.base)
-        method.pipeline(scheduler).to(pick_device())
-        yield same, Denoiser(method, scheduler)
+        checkpoint = files.checkpoints / folder.replace("_", "-")
+        if method is None:
+            method, scheduler, _ = load_checkpoint(checkpoint, weights, files.base)
+            method.pipeline(scheduler).to(device)
+        else:
+            method.load(checkpoint / weights)
+        yield same, Denoiser(method, scheduler, (method.trained,))
+    del method
+    models["base"].to(device)

@@ -129,7 +129,7 @@ def write_outs(run: Run, step: int) -> None:
     run.curves.write(files.train_curve, files.speed_curve, files.validation_curve)
     write_validation_images(run, step)
     write_json(files.metrics, summary(run, step))
-    if fault := run.curves.learning_fault():
+    if run.spec.origin is None and (fault := run.curves.learning_fault()):  # a branch has learned before
         print(f"WARNING: {fault}", file=sys.stderr)
     if (dropped := run.spec.params.train.caption_dropout) > _MOST_DROPPED:
         print(

@@ -257,6 +257,14 @@ def test_a_task_that_outlives_its_sweep_is_not_started_twice(toy):
     assert len(toy.ticks(20)) == 1
 
 
+def test_tasks_that_train_the_same_follow_each_other(toy):
+    """Two trainers of one run never work at once, so the second would be refused; it takes the first one's result."""
+    toy.tell(stage_s="0.3")
+    assert "\n2 done\n" in toy.sweep("train.seed=60", "sample.negative_prompt=a,b", "--name", "same", "--jobs", "2")
+    first, second = sorted((min(times), max(times)) for times in toy.ticks(60).values())
+    assert first[1] < second[0]
+
+
 def test_a_stage_whose_dvc_is_dead_is_stopped_before_its_task_runs_again(toy):
     """And the copy of the project in which it ran is deleted."""
     before = toy.copies()

@@ -541,6 +541,18 @@ def test_old_runs_are_pruned_and_running_ones_are_left(tmp_path, capsys):
     assert left(stores) == [True, False, False, True]
 
 
+def test_a_task_of_a_sweep_deletes_no_unfinished_run(tmp_path, capsys):
+    stores = [saved_run(tmp_path, number, finished=number == 0) for number in range(4)]
+    mine = StateStore(tmp_path, {"number": "mine"})
+    mine.lock()
+    mine.prune(1, None, is_swept=True)
+    assert left(stores) == [False, True, True, True]
+    assert capsys.readouterr().out.count("\n") == 1
+    mine.prune(1, None)
+    assert left(stores) == [False, False, False, True]
+    mine.unlock()
+
+
 def test_finished_runs_go_before_older_ones_that_are_not(tmp_path, capsys):
     stores = [saved_run(tmp_path, number, finished=number != 0) for number in range(4)]
     pruned(tmp_path, 2)

@@ -102,7 +102,7 @@ def test_a_project_may_be_a_folder_of_its_repository(repo):
 
 
 def test_no_repository_and_no_commit_are_said(tmp_path):
-    with pytest.raises(InputError, match="not a git repository"):
+    with pytest.raises(InputError, match="isn't in a git repository; run the command from the project's root"):
         head_commit(tmp_path)
     git(tmp_path, "init", "--quiet")
     with pytest.raises(InputError, match="rev-parse"):

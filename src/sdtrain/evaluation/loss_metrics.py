@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import DDPMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from sdtrain.evaluation.condition_use import unused
@@ -31,6 +32,13 @@ class Denoiser:
     method: Method
     scheduler: DDPMScheduler
     """The noise schedule and prediction type that it was trained with."""
+    modules: tuple[nn.Module, ...]
+    """All that it consists of."""
+
+    def to(self, device: torch.device) -> None:
+        """Move the weights."""
+        for module in self.modules:
+            module.to(device)
 
     def losses(self, images: HeldOut, **question: Any) -> np.ndarray:
         """Its losses of images, float64 [images, timesteps]; `question` is `HeldOut.losses`'s own."""

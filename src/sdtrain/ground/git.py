@@ -98,5 +98,10 @@ def _git(root: Path, *arguments: str, stdin: bytes = b"") -> bytes:
         raise InputError(fault) from error
     if done.returncode:
         message = done.stderr.decode(errors="replace").strip()
+        if "not a git repository" in message:
+            raise InputError(
+                f"{root.resolve()} isn't in a git repository; run the command from the project's root, or run "
+                "`git init` there and commit"
+            )
         raise InputError(f"git {' '.join(arguments)} failed in {root}: {message or 'no message'}")
     return done.stdout

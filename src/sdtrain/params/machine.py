@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from sdtrain.ground.errors import InputError
@@ -20,6 +21,10 @@ _ON_CPU = ("auto", "flash", "math")
 """Attention kernels that PyTorch has for CPUs."""
 _SIXTEEN_BIT = ("flash", "cudnn")
 """Attention kernels that on a CUDA GPU compute in 16 bit only."""
+
+SWEEP_TASK = "SDTRAIN_SWEEP_TASK"
+"""Environment variable of all processes of a sweep's task: the path of its lock file, by which they are found once
+their dvc is dead."""
 
 
 def load_trainable_params(path: Path) -> Params:
@@ -33,16 +38,24 @@ def load_trainable_params(path: Path) -> Params:
     return params
 
 
-def check_machine(params: TrainParams) -> None:
+def check_machine(params: TrainParams, num_gpus: int | None = None) -> None:
     """Check that this machine has the processes, the device and the packages that training needs.
+
+    Args:
+        num_gpus: how many GPUs training may use; None asks CUDA, of which a stage with a lease sees its own only.
 
     Raises:
         InputError: one message that names every fault.
     """
     faults = []
-    for check, asked in ((check_processes, params), (check_device, params), (check_trackers, params.trackers)):
+    checks = (
+        partial(check_processes, params, num_gpus),
+        partial(check_device, params),
+        partial(check_trackers, params.trackers),
+    )
+    for check in checks:
         try:
-            check(asked)
+            check()
         except InputError as error:
             faults.append(str(error))
     if faults:
@@ -90,8 +103,11 @@ def count_micro_batches(params: TrainParams, num_processes: int) -> int:
     return params.batch_size // per_pass
 
 
-def check_processes(params: TrainParams) -> None:
+def check_processes(params: TrainParams, num_gpus: int | None = None) -> None:
     """Check that the effective batch can be split among the processes, and that each has its own GPU if there are any.
+
+    Args:
+        num_gpus: how many GPUs they may use; None asks CUDA.
 
     Raises:
         InputError: it can't, there are too few GPUs, or `NPROC` or `NNODES` isn't a number.
@@ -101,10 +117,9 @@ def check_processes(params: TrainParams) -> None:
     if num_here > 1:
         import torch
 
-        if torch.cuda.is_available() and num_here > torch.cuda.device_count():
+        if torch.cuda.is_available() and num_here > (found := num_gpus or torch.cuda.device_count()):
             raise InputError(
-                f"NPROC = {num_here}: each process needs its own CUDA GPU, and this machine has "
-                f"{torch.cuda.device_count()}; lower NPROC"
+                f"NPROC = {num_here}: each process needs its own CUDA GPU, and this machine has {found}; lower NPROC"
             )
 
 

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from sdtrain.evaluation.held_out import HeldOut
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.manifests import check_base_files, check_latent_files
-from sdtrain.params.machine import check_trackers
+from sdtrain.params.machine import SWEEP_TASK, check_trackers
 from sdtrain.params.schema import Params
 from sdtrain.training.curves import Curves
 from sdtrain.training.devices import build_accelerator
@@ -120,7 +120,8 @@ def start_run(params: Params, files: TrainFiles) -> Run:
     held_out = build_held_out(trainer, files)
     costs = check_run(spec, trainer)
     if accelerator.is_main_process:
-        store.prune(params.train.num_saved_runs, spare=spec.origin.folder if spec.origin else None)
+        spare = spec.origin.folder if spec.origin else None
+        store.prune(params.train.num_saved_runs, spare, is_swept=SWEEP_TASK in os.environ)
         if params.train.resume == "never":
             store.clear()
     saved = _agreed_state(store, spec.num_steps, accelerator)

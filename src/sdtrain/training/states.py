@@ -258,11 +258,15 @@ class StateStore:
         folders = [*_states_in(self.folder), *entries_in(self.folder / "checkpoints")]
         return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
-    def prune(self, num_runs: int, spare: Path | None) -> None:
+    def prune(self, num_runs: int, spare: Path | None, is_swept: bool = False) -> None:
         """Make room for this run: keep `num_runs` - 1 others, or up to `num_runs` if they aren't finished.
 
         Deletes finished runs first, those saved longest ago first; prints each. Skips runs that are training, and the
         run that contains `spare`.
+
+        Args:
+            is_swept: the run is a sweep's task, so unfinished ones are left alone: others of the sweep may be among
+                them, about to resume.
         """
         for left in self.root.glob(f"*{PARTIAL}"):
             shutil.rmtree(left, ignore_errors=True)
@@ -272,6 +276,8 @@ class StateStore:
         done = [run for run in others if run not in unfinished]
         for run in done[max(0, num_runs - 1 - len(unfinished)) :]:
             self._delete_run(run, f"train.num_saved_runs = {num_runs}")
+        if is_swept:
+            return
         for run in unfinished[num_runs:]:
             self._delete_run(
                 run, f"more than train.num_saved_runs = {num_runs} other runs are unfinished; raise it to keep more"

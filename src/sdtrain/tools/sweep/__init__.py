@@ -122,8 +122,11 @@ class _Sweep:
         if start is None:
             return
         try:
+            running = self._running()
             for job in self._waiting():
-                if job.take() and self._start(job):
+                if any(job.trains_as(other) for other in running):
+                    job.note = "waits for a task that trains the same"
+                elif job.take() and self._start(job):
                     self._starting = (job, start)
                     return
                 if self._fault:

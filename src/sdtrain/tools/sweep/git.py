@@ -9,7 +9,8 @@ from sdtrain.params.load import check_params, parse_yaml
 from sdtrain.params.schema import Params
 
 PARAMS = "params.yaml"
-_CODE = ("src", "stages", "dvc.yaml")
+_CODE = ("src", "stages", "dvc.yaml", "data")
+"""Of `data` what git tracks: the built-in base, and what a run branches or starts from."""
 
 
 def git(*arguments: str) -> str:

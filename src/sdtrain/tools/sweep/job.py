@@ -14,17 +14,18 @@ import psutil
 
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json
+from sdtrain.params.machine import SWEEP_TASK
 from sdtrain.tools.sweep.git import find_experiment, how_it_differs
 from sdtrain.tools.sweep.grid import Task
 from sdtrain.tools.sweep.starts import has_started, lock_of, log_of, try_lock
 
 State = Literal["waiting", "running", "done", "failed", "skipped"]
 
-_ENV_NAME = "SDTRAIN_SWEEP_TASK"
-"""Names, for all processes of a task, its lock file: by it they are found once their dvc is dead."""
 _LOCK_ERRORS = ("Unable to acquire lock", "is busy, it is being blocked by")
 """How DVC says that another of its commands is using the project."""
 _STAGE = re.compile(r"^Running stage '(?:dvc\.yaml:)?([^']+)'", re.MULTILINE)
+_SAME_SUMS = ("micro_batch_size", "gradient_checkpointing")
+"""How training's sums are split, of which a run may have any."""
 _TAIL_BYTES = 1 << 13
 _NUM_LAST_LINES = 10
 
@@ -55,6 +56,15 @@ class Job:
     def seconds(self) -> float:
         """How long it has run."""
         return time.monotonic() - self._began if self.state == "running" else self._seconds
+
+    def trains_as(self, other: "Job") -> bool:
+        """Whether both would train the same run, which only one at a time may; the second takes the first's result."""
+        return self._training() == other._training()
+
+    def _training(self) -> dict:
+        """The params that can change what is trained."""
+        params = self.task.params.model_dump(exclude={"export", "sample", "evaluate", "validation"})
+        return params | {"train": {k: v for k, v in params["train"].items() if k not in _SAME_SUMS}}
 
     def difference(self) -> str | None:
         """In what its experiment differs from what it should be, empty if in nothing; None if there is none."""
@@ -113,7 +123,7 @@ class Job:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # so that Ctrl-C reaches it through the sweep only
                     pass_fds=[self._lock],
-                    env={**os.environ, _ENV_NAME: str(lock_of(self.name).absolute()), "PYTHONUNBUFFERED": "1"},
+                    env={**os.environ, SWEEP_TASK: str(lock_of(self.name).absolute()), "PYTHONUNBUFFERED": "1"},
                 )
             except FileNotFoundError:
                 raise InputError(
@@ -180,7 +190,7 @@ class Job:
     def _processes(self) -> list[psutil.Process]:
         lock = str(lock_of(self.name).absolute())
         found = psutil.process_iter(["environ"])
-        return [process for process in found if (process.info["environ"] or {}).get(_ENV_NAME) == lock]
+        return [process for process in found if (process.info["environ"] or {}).get(SWEEP_TASK) == lock]
 
     def _stop_leftovers(self) -> bool:
         """Ask processes whose dvc is dead to stop; whether there are any."""

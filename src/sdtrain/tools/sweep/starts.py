@@ -121,7 +121,8 @@ def _put_workspace_back(before: dict) -> None:
     if in_stash:
         git("stash", "drop", "--quiet")
     print(
-        f"{before['name']} was killed while DVC had changed the workspace; it is put back (what was left: {left[:12]})"
+        f"{before['name']} was killed while DVC had changed the workspace; it is put back as it was before that start "
+        f"(if something of yours is missing: git stash apply {left})"
     )
 
 
