@@ -224,7 +224,7 @@ def test_stock_diffusers_draws_with_it(hinted, model):
 
 
 def test_sample_and_evaluate_under_hints(hinted, controlnet, model, tmp_path):
-    numbers = hinted.evaluate(model, tmp_path, hinted.make_params())
+    numbers = hinted.evaluate(model, tmp_path, hinted.make_params(), controlnet.checkpoints)
     summary = json.loads(controlnet.metrics.read_text())
     assert numbers["held_out_loss_base"] == pytest.approx(summary["base_validation_loss"], rel=1e-5)
     assert numbers["held_out_loss_trained"] == pytest.approx(summary["best_validation_loss"], rel=1e-5)

@@ -214,7 +214,11 @@ def evaluated(workspace, model: Path, folder: Path, **sections: dict) -> dict:
 
 
 def test_sample_and_evaluate_compare_the_base_with_the_adapter(workspace, lora, model, run, tmp_path):
-    numbers, summary = evaluated(workspace, model, tmp_path), json.loads(lora.metrics.read_text())
+    params, summary = workspace.make_params(**changes()), json.loads(lora.metrics.read_text())
+    numbers = workspace.evaluate(model, tmp_path, params, lora.checkpoints)
+    best = lora.validation_curve.set_index("step").loc[summary["best_step"]]
+    assert numbers["held_out_loss_best_raw"] == pytest.approx(best.loss_raw, rel=1e-5)
+    assert numbers["held_out_loss_last_raw"] == pytest.approx(lora.validation_curve.loss_raw.iloc[-1], rel=1e-5)
     assert numbers["held_out_loss_base"] == pytest.approx(summary["base_validation_loss"], rel=1e-5)
     assert numbers["held_out_loss_trained"] == pytest.approx(summary["best_validation_loss"], rel=1e-5)
     params = workspace.make_params(**changes()).sample
