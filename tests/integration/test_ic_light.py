@@ -244,7 +244,8 @@ def test_checkpoint_and_exports_draw_the_same(relit, trained, model):
 
 def test_sample_and_evaluate(relit, trained, model, tmp_path):
     params = relit.make_params(**VARIANTS["mlp"])
-    numbers, summary = relit.evaluate(model, tmp_path, params, trained.checkpoints), json.loads(trained.metrics.read_text())
+    numbers = relit.evaluate(model, tmp_path, params, trained.checkpoints)
+    summary = json.loads(trained.metrics.read_text())
     assert numbers["held_out_loss_base"] == pytest.approx(summary["base_validation_loss"], rel=1e-5)
     assert numbers["held_out_loss_trained"] == pytest.approx(summary["best_validation_loss"], rel=1e-5)
     assert numbers["foreground_gap_base"] == numbers["light_gap_base"] == 0
