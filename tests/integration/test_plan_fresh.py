@@ -118,7 +118,7 @@ def test_stable_diffusion_is_planned_without_a_network(lonely_client, clone):
     assert plan["disk model"].startswith("1.99 GiB (about, fp16)")
     assert plan["disk latents"] == "unknown (128.6 KiB per image: 4 x 64 x 64, plain and flipped)"
     assert plan["dvc push"].startswith("at least 18.81 GiB without dataset and latents: base 3.97 GiB, dataset unknown")
-    assert plan["disk"].startswith("at least 99.16 GiB in total without dataset and latents")
+    assert plan["disk"].startswith("at least 99.22 GiB in total without dataset and latents")
 
 
 def test_offline_mode_is_named(offline_client, clone):
