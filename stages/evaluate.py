@@ -15,11 +15,14 @@ def main() -> None:
         model=paths.MODEL,
         dataset=paths.DATASET,
         latents=paths.LATENTS,
+        features=paths.FEATURES,
         metrics=paths.EVALUATE_METRICS,
+        image_sets=paths.IMAGE_SET_METRICS,
         values=paths.VALUES,
         loss_table=paths.LOSS_TABLE,
         accuracy_table=paths.ACCURACY_TABLE,
         relighting_table=paths.RELIGHTING_TABLE,
+        pictures=paths.EVALUATION,
     )
     evaluate_model(params.evaluate, params.method, params.seed, files)
 

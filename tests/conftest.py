@@ -73,7 +73,8 @@ def shrunk_tree(**changes: dict) -> dict:
     shrunk = copy.deepcopy(SHRUNK)
     if changes.get("dataset", {}).get("source", "generated") != "generated":
         del shrunk["dataset"]["num_scenes"]
-        del shrunk["evaluate"]["num_prompts"], shrunk["evaluate"]["num_inference_steps"]
+        if changes.get("evaluate", {}).get("features") == "none":
+            del shrunk["evaluate"]["num_prompts"], shrunk["evaluate"]["num_inference_steps"]
     if changes.get("validation", {}).get("prompts"):
         shrunk["validation"]["num_inference_steps"] = 2
     for layer in (shrunk, changes):

@@ -17,6 +17,7 @@ from sdtrain.ground.files import new_folder, read_json, sha256_file, write_json
 from sdtrain.ground.headers import read_shapes
 from sdtrain.ground.layout import CONTROLNET, UNET_OFFSET
 from sdtrain.ground.manifests import BaseManifest
+from sdtrain.ground.model_files import choose_files, copy_file
 from sdtrain.params.schema import BaseParams
 
 _PARTS = {
@@ -28,8 +29,6 @@ _PARTS = {
     CONTROLNET: (("config.json",), "diffusion_pytorch_model"),
 }
 """Part to its small files, and the stem of its weights."""
-_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-"""A tokenizer has one of these; SD 1.5's repository has the second."""
 
 _PIPELINE = {
     "_class_name": "StableDiffusionPipeline",
@@ -196,37 +195,14 @@ def _from_hub(key: str, repo: str, revision: str | None, parts: list[str], folde
 def _take(where: str, part: str, names: list[str], locate: Callable[[str], Path], folder: Path) -> None:
     (folder / part).mkdir()
     for name in _files_of(where, part, names):
-        if hub.is_lfs_pointer(locate(name)):
-            raise InputError(f"{where}: {name} is a Git LFS pointer, not the file itself; run `git lfs pull` there")
-        shutil.copyfile(locate(name), folder / part / Path(name).name)
+        copy_file(where, name, locate(name), folder / part)
 
 
 def _files_of(where: str, part: str, names: list[str]) -> list[str]:
     """The files of one part among all `names`, in its own folder or, for a part's own repository, the root."""
     small, stem = _PARTS[part]
     has_own = part in ("vae", CONTROLNET) and f"{part}/config.json" not in names and "config.json" in names
-    prefix = "" if has_own else f"{part}/"
-    if part == "tokenizer":
-        has = [files for files in _VOCABULARIES if all(prefix + name in names for name in files)]
-        small += has[0] if has else _VOCABULARIES[0]
-        small += tuple(n for n in ("special_tokens_map.json", "added_tokens.json") if prefix + n in names)
-    missing = [prefix + name for name in small if prefix + name not in names]
-    found = [prefix + name for name in small if prefix + name in names]
-    if stem is not None:
-        weights = [n for n in names if n == f"{prefix}{stem}.safetensors"] or [
-            n
-            for n in names
-            if n == f"{prefix}{stem}.safetensors.index.json"
-            or (n.startswith(f"{prefix}{stem}-") and n.endswith(".safetensors"))
-        ]
-        if not weights:
-            missing.append(f"{prefix}{stem}.safetensors")
-        found += weights
-    if missing:
-        pickles = any(name.startswith(prefix) and name.endswith((".bin", ".ckpt", ".pt")) for name in names)
-        hint = " (it has pickled weights, which sdtrain never loads: convert them to safetensors)" if pickles else ""
-        raise InputError(f"{where}: lacks {', '.join(missing)}{hint}")
-    return found
+    return choose_files(where, names, "" if has_own else f"{part}/", small, stem, tokenizer=part == "tokenizer")
 
 
 def _check_no_offset(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Metrics on held-out data: loss and condition use of base and trained, and how right generated scenes are drawn."""
+"""Metrics on held-out data: losses of base and trained, and how right, how real and how new what they draw is."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,12 +10,15 @@ import torch
 from diffusers import DiffusionPipeline
 
 from sdtrain.data.shards import LatentShards
+from sdtrain.evaluation.drawn_images import DrawnImages, draw_held_out
 from sdtrain.evaluation.held_out import HeldOut
+from sdtrain.evaluation.image_comparison import compare_images
 from sdtrain.evaluation.loss_metrics import Denoiser, loss_metrics
 from sdtrain.evaluation.memorization import memorization_metrics
+from sdtrain.evaluation.pictures import write_worst
 from sdtrain.evaluation.prompt_accuracy import World, prompt_accuracy
 from sdtrain.evaluation.relighting import relighting_accuracy
-from sdtrain.ground.files import read_json, write_json, write_text
+from sdtrain.ground.files import new_folder, read_json, write_json, write_text
 from sdtrain.ground.manifests import DatasetManifest, LatentsManifest, encoders_fingerprint
 from sdtrain.ground.values import Values
 from sdtrain.methods import build_method, first_parts
@@ -35,8 +38,12 @@ class EvaluateFiles:
     model: Path
     dataset: Path
     latents: Path
+    features: Path
+    """The image encoder."""
     metrics: Path
     """Flat numbers."""
+    image_sets: Path
+    """Flat numbers of what the image encoder says; without one there are none."""
     values: Path
     """The values behind them, image by image: `ground/values.py`."""
     loss_table: Path
@@ -45,6 +52,8 @@ class EvaluateFiles:
     """Of generated scenes, the accuracy by kind of prompt and attribute; of others no rows."""
     relighting_table: Path
     """Of lit scenes, the metrics of relighting; of others no rows."""
+    pictures: Path
+    """Images to look at: `evaluation/pictures.py` describes them."""
 
 
 def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: EvaluateFiles) -> None:
@@ -57,12 +66,14 @@ def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: Ev
     pipelines = {"base": load_base_pipeline(base), "trained": load_model(files.model, base)}
     shards = LatentShards(files.latents, "validation", encoders_fingerprint(base))
     data = DatasetManifest.read(files.dataset)
-    world, accuracies, relit, values = _world(data, shards.manifest), [], [], Values()
+    world, accuracies, relit, values, images = _world(data, shards.manifest), [], [], Values(), DrawnImages()
     # Before a method changes the pipelines' parts.
     if data.is_lit:
-        relit = relighting_accuracy(params, seed, pipelines, data.world == "lit_by_map", values)
+        relit = relighting_accuracy(params, seed, pipelines, data.world == "lit_by_map", values, images)
     elif world:
-        accuracies = prompt_accuracy(params, seed, pipelines, world, values)
+        accuracies = prompt_accuracy(params, seed, pipelines, world, values, images)
+    elif params.features != "none":
+        draw_held_out(params, seed, pipelines, shards, files.dataset, images)
     models, pipeline = _denoisers(method, pipelines, base, shards.manifest), pipelines["base"]
     ask = partial(
         HeldOut,
@@ -81,6 +92,10 @@ def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: Ev
     numbers |= _relighting_numbers(relit)
     if accuracies or relit:
         numbers["num_prompts"] = params.num_prompts
+    with new_folder(files.pictures) as folder:
+        of_images = {name: found.mean(axis=1) for name, found in losses.items()}
+        write_worst(folder, shards, files.dataset, held_out.ids, held_out.captions(pipeline.tokenizer), of_images)
+        image_sets = compare_images(params, seed, files.features, images, seen.shards, files.dataset, values, folder)
     for path, rows, first in (
         (files.accuracy_table, accuracies, ["prompts", "attribute", "model", "accuracy"]),
         (files.relighting_table, relit, ["metric", "model", "value"]),
@@ -90,8 +105,9 @@ def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: Ev
     write_text(files.loss_table, table.to_csv(index=False, lineterminator="\n"))
     values.write(files.values)
     write_json(files.metrics, numbers)
-    for name, value in numbers.items():
-        print(f"{name:40} {value:.5g}")
+    write_json(files.image_sets, image_sets)
+    for name, value in (numbers | image_sets).items():
+        print(f"{name:50} {value:.5g}")
 
 
 def _relighting_numbers(rows: list[dict]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from sdtrain.base import resolve_base
 from sdtrain.dataset import build_dataset
 from sdtrain.evaluate import EvaluateFiles, evaluate_model
+from sdtrain.features import resolve_features
 from sdtrain.ground.files import read_json, sha256_file, write_json
 from sdtrain.ground.samples import Samples
 from sdtrain.params.schema import Params, SampleParams
@@ -38,8 +39,11 @@ class Workspace:
     def __init__(self, folder: Path, make_params, root: Path, changes: dict[str, dict] | None = None) -> None:
         self.folder, self._make_params, self._changes = folder, make_params, changes or {}
         self.base, self.dataset, self.latents = folder / "base", folder / "dataset", folder / "latents"
-        params = self.make_params(base={"path": str(root / "data" / "builtin")})
+        self.features = folder / "features"
+        encoder = {"features_path": str(root / "data" / "builtin_clip")}
+        params = self.make_params(base={"path": str(root / "data" / "builtin")}, evaluate=encoder)
         resolve_base(params.base, params.seed, out=self.base)
+        resolve_features(params.evaluate, out=self.features)
         build_dataset(params.dataset, params.seed, out=self.dataset, metrics=folder / "dataset.json")
         precompute_latents(
             params.precompute, params.seed, self.base, self.dataset, self.latents, folder / "precompute.json"
@@ -80,8 +84,9 @@ class Workspace:
             checkpoints.mkdir(parents=True)
         files = EvaluateFiles(
             base=self.base, checkpoints=checkpoints, model=model, dataset=self.dataset, latents=latents or self.latents,
-            metrics=out / "evaluate.json", values=out / "values.parquet", loss_table=out / "loss.csv",
-            accuracy_table=out / "accuracy.csv", relighting_table=out / "relighting.csv",
+            features=self.features, metrics=out / "evaluate.json", image_sets=out / "image_sets.json",
+            values=out / "values.parquet", loss_table=out / "loss.csv", accuracy_table=out / "accuracy.csv",
+            relighting_table=out / "relighting.csv", pictures=out / "evaluation",
         )  # fmt: skip
         asked = params.evaluate.model_copy(update={"max_samples": params.validation.max_samples})
         evaluate_model(asked, params.method, params.seed, files)

@@ -169,6 +169,7 @@ def test_every_fault_comes_in_one_message():
 
 
 IMAGEFOLDER = {"dataset__source": "imagefolder"}
+NO_FEATURES = {"evaluate__features": "none", "evaluate__nearest_neighbors": False}
 NO_EMA = {"train__use_ema": False, "export__weights": "raw"}
 RULE_CASES = [
     ({"export__merged": True}, "export.merged = True: has no effect with method.name = 'finetune', which has no adapt"),
@@ -567,15 +568,41 @@ RULE_CASES = [
     ),
     ({"precompute__center_crop": False}, "precompute.center_crop = False: has no effect with dataset.source = 'gener"),
     (
-        {**IMAGEFOLDER, "evaluate__num_prompts": 40},
-        "evaluate.num_prompts = 40: has no effect with dataset.source = 'imagefolder', which has no images to measure; "
-        "set it to 160, or dataset.source to generated",
+        {**IMAGEFOLDER, **NO_FEATURES, "evaluate__num_prompts": 40},
+        "evaluate.num_prompts = 40: has no effect with evaluate.features = 'none' and dataset.source = 'imagefolder', "
+        "where nothing is drawn; set it to 160, or evaluate.features to hub",
     ),
     (
-        {**IMAGEFOLDER, "evaluate__num_inference_steps": 25},
-        "evaluate.num_inference_steps = 25: has no effect with dataset.source = 'imagefolder'",
+        {**IMAGEFOLDER, **NO_FEATURES, "evaluate__num_inference_steps": 25},
+        "evaluate.num_inference_steps = 25: has no effect with evaluate.features = 'none' and dataset.source = 'image",
     ),
-    ({**IMAGEFOLDER, "evaluate__guidance_scale": 7.5}, "evaluate.guidance_scale = 7.5: has no effect with dataset.sou"),
+    (
+        {**IMAGEFOLDER, **NO_FEATURES, "evaluate__guidance_scale": 7.5},
+        "evaluate.guidance_scale = 7.5: has no effect with evaluate.features = 'none' and dataset.source = 'imagef",
+    ),
+    (
+        {"evaluate__features": "none"},
+        "evaluate.nearest_neighbors = True: evaluate.features = 'none' has nothing to compare images by; set it to "
+        "false, or evaluate.features to hub or local",
+    ),
+    (
+        {"evaluate__features": "hub"},
+        "evaluate.features_repo = None: evaluate.features = 'hub' needs a repository, owner/name, e.g. facebook/dinov2",
+    ),
+    (
+        {"evaluate__features_repo": "facebook/dinov2-small"},
+        "evaluate.features_repo = 'facebook/dinov2-small': evaluate.features = 'local' doesn't read it; set "
+        "evaluate.features: hub, or evaluate.features_repo: null",
+    ),
+    (
+        {**NO_FEATURES, "evaluate__features_revision": "main"},
+        "evaluate.features_revision = 'main': evaluate.features = 'none' doesn't read it; set evaluate.features: hub",
+    ),
+    (
+        {**NO_FEATURES, "evaluate__features_path": "clip"},
+        "evaluate.features_path = 'clip': evaluate.features = 'none' doesn't read it; set evaluate.features: local, or "
+        "evaluate.features_path: data/builtin_clip",
+    ),
     (
         {"validation__prompts": [], "validation__num_inference_steps": 9},
         "validation.num_inference_steps = 9: has no effect with validation.prompts = []; set it to 20, or add prompts",
@@ -729,7 +756,7 @@ def test_the_shipped_params_hold_the_neutral_values():
 
 
 SOURCES = get_args(DatasetParams.model_fields["source"].annotation)
-LIT = {"dataset.world", "dataset.num_scenes", "dataset.new_fraction", "evaluate.guidance_scale"}
+LIT = {"dataset.world", "dataset.num_scenes", "dataset.new_fraction"}
 FROM_LIT = {"hub": {"dataset.repo", *LIT}, "imagefolder": LIT, "webdataset": LIT, "parquet": LIT}
 MUST_FOLLOW = {
     "params.yaml": {"hub": {"dataset.repo"}},

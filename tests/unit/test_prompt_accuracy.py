@@ -10,6 +10,7 @@ from sdtrain.data.conditions import CONDITIONS
 from sdtrain.data.edges import canny_edges
 from sdtrain.data.images import draw_crop, square_pixels
 from sdtrain.evaluation import prompt_accuracy as module
+from sdtrain.evaluation.drawn_images import DrawnImages
 from sdtrain.evaluation.prompt_accuracy import World, prompt_accuracy
 from sdtrain.ground.values import Values
 
@@ -27,7 +28,7 @@ def test_hints_are_as_large_as_the_images_that_the_model_draws(kind, side, make_
     monkeypatch.setattr(module, "generate", draw)
     pipeline = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(sample_size=side // 8)), vae_scale_factor=8)
     params, world = make_params().evaluate, World(free=True, has_new=False, hint=kind)
-    prompt_accuracy(params, 0, {"trained": pipeline}, world, Values())
+    prompt_accuracy(params, 0, {"trained": pipeline}, world, Values(), DrawnImages())
     question = module._questions(params, 0, "known", world)[0]
     image = scenes.render(question.scene, question.placement)
     if kind == "outline":

@@ -13,15 +13,16 @@ import yaml
 
 from sdtrain.ground.imports import SOURCE, import_closure
 from sdtrain.params.load import load_params
-from sdtrain.params.schema import ConditionName, Params
+from sdtrain.params.schema import ConditionName, EvaluateParams, Params
 
 ROOT = Path(__file__).resolve().parents[2]
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = list(PIPELINE["stages"])
 NEUTRAL = {("dataset", "dataset"): {"num_workers"}, ("train", "precompute"): {"batch_size"}}
+NEUTRAL["features", "evaluate"] = {name for name in EvaluateParams.model_fields if not name.startswith("features")}
 """Fields by (stage, section) that change no byte of any of its outs, and so are no params of the stage."""
 NOT_OUTS = {"PARAMS", "RUNS", "STATES"}
-EXACT = ("base", "dataset", "precompute")
+EXACT = ("base", "features", "dataset", "precompute")
 """Stages whose needless rerun costs hours: their deps are files. The others depend on folders, too: a rerun of `train`
 is cheap while its saved state is there."""
 NO_DEPS = (
@@ -168,7 +169,8 @@ def test_only_params_reads_the_params_file():
 def test_light_stages_import_no_torch():
     """`base` and `dataset` start in a second: what needs torch is imported where it is used."""
     code = (
-        "import sys, stages.base, stages.dataset; sys.exit(bool({'torch', 'diffusers', 'datasets'} & set(sys.modules)))"
+        "import sys, stages.base, stages.dataset, stages.features; "
+        "sys.exit(bool({'torch', 'diffusers', 'datasets'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

@@ -131,7 +131,7 @@ class LatentShards:
     """
 
     def __init__(self, folder: Path, split: str, encoders_fingerprint: str) -> None:
-        self.folder, self.manifest, self._split = folder, LatentsManifest.read(folder), split
+        self.folder, self.manifest, self.split = folder, LatentsManifest.read(folder), split
         if self.manifest.encoders_fingerprint != encoders_fingerprint:
             raise InputError(
                 f"{folder} was encoded by another base model (its VAE and tokenizer: "
@@ -158,7 +158,7 @@ class LatentShards:
             if found.get(name) != shape:
                 says = f"has shape {found[name]}" if name in found else "is missing"
                 raise InputError(f"{path}: tensor {name} {says}, expected {shape} by manifest.json; {_AGAIN}")
-        for name in ("ids",) if self._split == "train" else ("ids", "captions"):
+        for name in ("ids",) if self.split == "train" else ("ids", "captions"):
             if name not in (file.metadata() or {}):
                 raise InputError(f"{path}: the images' {name} are missing; {_AGAIN}")
 

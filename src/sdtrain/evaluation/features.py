@@ -24,6 +24,8 @@ class ImageFeatures:
     def __init__(self, name: str, model: PreTrainedModel, processor: BaseImageProcessor) -> None:
         self.name = name
         """The model and its revision: features of equal names can be compared."""
+        self.has_captions = isinstance(model, CLIPModel)
+        """Whether it embeds captions, too: `clip_score.load_caption_features`."""
         self._model, self._processor = model, processor
 
     def extract(self, images: Sequence[Image.Image], batch_size: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from PIL import Image
 from sdtrain.data import scenes
 from sdtrain.data.edges import canny_edges
 from sdtrain.data.images import square_pixels
+from sdtrain.evaluation.drawn_images import DrawnImages
 from sdtrain.ground import randomness
 from sdtrain.ground.statistics import bootstrap_interval, wilson_interval
 from sdtrain.ground.values import Values
@@ -54,11 +55,17 @@ class Question:
 
 
 def prompt_accuracy(
-    params: EvaluateParams, seed: int, pipelines: dict[str, DiffusionPipeline], world: World, values: Values
+    params: EvaluateParams,
+    seed: int,
+    pipelines: dict[str, DiffusionPipeline],
+    world: World,
+    values: Values,
+    images: DrawnImages,
 ) -> list[dict]:
     """Share of images that show what the prompt says, by attribute; with hints also hint accuracy, `hint`.
 
-    The images' own values are added to `values`.
+    The images' own values are added to `values`. The images themselves, but for those of empty prompts, are added to
+    `images`, beside the scenes that were asked for.
 
     Of prompts with `new` concepts, colour is counted where the object's colour is new, shape where the shape is, style
     where the style is: what the base has never seen. For `known` prompts all that they name counts. `empty`
@@ -68,12 +75,12 @@ def prompt_accuracy(
     kinds = [*(["new"] if world.has_new else []), "known", *(["empty"] if world.hint else [])]
     rows = []
     for kind in kinds:
-        questions = _questions(params, seed, kind, world)
+        questions, drawn = _questions(params, seed, kind, world), {}
         for name, pipeline in pipelines.items():
             conditions: Conditions = {}
             if world.hint and name == "trained":
                 conditions["hint"] = [question.hint(world.hint, drawn_px(pipeline)) for question in questions]
-            images = generate(
+            drawn[name] = generate(
                 pipeline,
                 [question.prompt for question in questions],
                 [question.seed for question in questions],
@@ -82,9 +89,9 @@ def prompt_accuracy(
                 guidance_scale=params.guidance_scale,
                 batch_size=params.batch_size,
             )
-            for attribute, found in _measured(kind, world, questions, images):
+            for attribute, found in _measured(kind, world, questions, drawn[name]):
                 numbers = list(found)
-                right, items = np.array(list(found.values())), [f"{kind} {number:04}" for number in numbers]
+                right, items = np.array(list(found.values())), [_item(kind, number) for number in numbers]
                 prompts = [questions[number].prompt for number in numbers]
                 values.add(f"{kind}_{attribute}_accuracy", name, right, items, prompts)
                 if attribute == "hint":
@@ -94,7 +101,15 @@ def prompt_accuracy(
                     low, high = wilson_interval(int(right.sum()), len(right))
                 row = {"prompts": kind, "attribute": attribute, "model": name, "accuracy": float(right.mean())}
                 rows.append(row | {"ci_low": low, "ci_high": high, "num": len(right)})
+        if kind != "empty":
+            asked = [(_item(kind, number), question.prompt) for number, question in enumerate(questions)]
+            real = [scenes.render(question.scene, question.placement) for question in questions]
+            images.add([item for item, _ in asked], [prompt for _, prompt in asked], real, drawn)
     return rows
+
+
+def _item(kind: str, number: int) -> str:
+    return f"{kind} {number:04}"
 
 
 def _questions(params: EvaluateParams, seed: int, kind: str, world: World) -> list[Question]:

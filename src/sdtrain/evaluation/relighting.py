@@ -17,6 +17,7 @@ from sdtrain.data import lit_scenes
 from sdtrain.data.lit_scenes import LitExample
 from sdtrain.data.scenes import SIZE_PX
 from sdtrain.evaluation import light_measures as measures
+from sdtrain.evaluation.drawn_images import DrawnImages
 from sdtrain.ground import randomness
 from sdtrain.ground.statistics import bootstrap_interval, wilson_interval
 from sdtrain.ground.values import Values
@@ -93,11 +94,17 @@ def relight(pipeline: DiffusionPipeline, questions: list[Question], by_map: bool
 
 
 def relighting_accuracy(
-    params: EvaluateParams, seed: int, pipelines: dict[str, DiffusionPipeline], by_map: bool, values: Values
+    params: EvaluateParams,
+    seed: int,
+    pipelines: dict[str, DiffusionPipeline],
+    by_map: bool,
+    values: Values,
+    images: DrawnImages,
 ) -> list[dict]:
     """A row for each metric and model (`base`, `trained`, `copy`, `vae`): value, 95 % interval, number.
 
-    The scenes' own values are added to `values`.
+    The scenes' own values are added to `values`. What the two models draw under one light is added to `images`, beside
+    the truth.
 
     Over scenes under one light: `light_direction_accuracy` (right within 45°), `light_direction_error_deg`,
     `albedo_error` and its `albedo_chroma_error`, `color_accuracy` (the object keeps its named colour),
@@ -109,21 +116,30 @@ def relighting_accuracy(
     flat = [question for triple in triples for question in triple]
     settings = params.model_dump(include={"num_inference_steps", "guidance_scale", "batch_size"})
     drawn = {name: relight(pipeline, singles + flat, by_map, **settings) for name, pipeline in pipelines.items()}
+    num = len(singles)
+    items = [_item(number) for number in range(num)]
+    texts = [lit_scenes.caption(asked.example.lit, None if by_map else asked.light_name) for asked in singles]
+    one_each = {name: found[:num] for name, found in drawn.items()}
+    images.add(items, texts, [question.truth for question in singles], one_each)
     drawn["copy"] = [question.foreground for question in singles + flat]
     truths = [question.truth for question in singles + flat]
     drawn["vae"] = _round_trip(pipelines["trained"], truths, params.batch_size)
     rows = []
-    for name, images in drawn.items():
-        one_light, rest = _measure(singles, images[: len(singles)]), images[len(singles) :]
+    for name, found in drawn.items():
+        one_light, rest = _measure(singles, found[:num]), found[num:]
         two_lights = _measure_triples(triples, [rest[start : start + 3] for start in range(0, len(rest), 3)])
         for measured, questions in ((one_light, singles), (two_lights, [triple[-1] for triple in triples])):
-            items = [f"scene {number:04}" for number in range(len(questions))]
+            items = [_item(number) for number in range(len(questions))]
             texts = [lit_scenes.caption(asked.example.lit, asked.light_name) for asked in questions]
-            for metric, found in measured.items():
-                values.add(metric, name, found, items, texts)
-        for metric, value, low, high, num in _summary(params, seed, one_light | two_lights):
-            rows.append({"metric": metric, "model": name, "value": value, "ci_low": low, "ci_high": high, "num": num})
+            for metric, of_scenes in measured.items():
+                values.add(metric, name, of_scenes, items, texts)
+        for metric, value, low, high, size in _summary(params, seed, one_light | two_lights):
+            rows.append({"metric": metric, "model": name, "value": value, "ci_low": low, "ci_high": high, "num": size})
     return rows
+
+
+def _item(number: int) -> str:
+    return f"scene {number:04}"
 
 
 def _triples(seed: int, num: int) -> list[list[Question]]:

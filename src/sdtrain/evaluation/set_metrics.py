@@ -167,10 +167,12 @@ class Estimate:
 
     def interval(self) -> tuple[float, float] | None:
         """95 % interval over images of the metric's expectation at this N; of a share it may pass 0 or 1."""
-        if self.halves is None:
-            return None
-        half_width = 1.959964 * float(self.halves.std(ddof=1))
-        return self.value - half_width, self.value + half_width
+        half_width = self.half_width()
+        return None if half_width is None else (self.value - half_width, self.value + half_width)
+
+    def half_width(self) -> float | None:
+        """Of the interval."""
+        return None if self.halves is None else 1.959964 * float(self.halves.std(ddof=1))
 
     def minus(self, other: "Estimate") -> "Estimate":
         """The difference, paired: what both owe to the same images, real or of the same prompts and seeds, cancels.

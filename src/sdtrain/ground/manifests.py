@@ -1,9 +1,10 @@
 """The manifests of the folders between the stages: format, origin, fingerprint.
 
-`data/base`, `data/dataset` and `data/latents` each have a `manifest.json`, which the next stage checks
+`data/base`, `data/dataset`, `data/latents` and `data/features` each have a `manifest.json`, which the next stage checks
 before it uses the folder.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -83,6 +84,26 @@ class BaseManifest(Manifest):
     def is_from_scratch(self) -> bool:
         """Whether the UNet has never been trained."""
         return any("unet_config" in source for source in self.sources)
+
+
+class FeaturesManifest(Manifest):
+    """Of `data/features`."""
+
+    VERSION, STAGE = 1, "features"
+
+    format_version: Literal[1] = 1
+    source: dict[str, str | None] | None
+    """Where the image encoder comes from; null if there is none."""
+    files: dict[str, str]
+    """SHA-256 by name."""
+
+    @property
+    def label(self) -> str | None:
+        """What the encoder is called in the names of metrics, e.g. `dinov2_small`; None if there is none."""
+        if self.source is None:
+            return None
+        name = Path(self.source.get("repo") or self.source["path"]).resolve().name
+        return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 class DatasetSplit(_Record):

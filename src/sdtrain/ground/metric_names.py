@@ -12,6 +12,15 @@ _BETTER: dict[str, Direction] = {
     "*_error_deg": "lower",
     "*_accuracy": "higher",
     "*_iou": "higher",
+    "mmd_polynomial_*": "lower",
+    "mmd_rbf_*": "lower",
+    "frechet_distance_*": "lower",
+    "mind_*": "lower",
+    "precision_*": "higher",
+    "recall_*": "higher",
+    "coverage_*": "higher",
+    "clip_score_*": "higher",
+    "near_copy_share_*": "lower",
 }
 """By pattern of the name, without the model that it ends with.
 

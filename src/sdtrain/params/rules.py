@@ -6,7 +6,7 @@ message can name every fault.
 
 from sdtrain.ground.schedules import scaled_lr
 from sdtrain.params.method_rules import METHOD_RULES, conditions_of
-from sdtrain.params.view import Rule, View, has_effect, source_reads_it
+from sdtrain.params.view import NEUTRAL, Rule, View, has_effect, source_reads_it
 
 
 def _hub_needs_repo(section: str) -> Rule:
@@ -22,9 +22,38 @@ def _generated(p: View) -> tuple[str, str] | None:
         return "dataset.source = 'generated', whose images are opaque squares", "dataset.source to imagefolder"
 
 
-def _not_generated(p: View) -> tuple[str, str] | None:
-    if p.dataset.source != "generated":
-        return f"dataset.source = {p.dataset.source!r}, which has no images to measure", "dataset.source to generated"
+def _nothing_drawn(p: View) -> tuple[str, str] | None:
+    if p.dataset.source != "generated" and p.evaluate.features == "none":
+        cause = f"evaluate.features = 'none' and dataset.source = {p.dataset.source!r}, where nothing is drawn"
+        return cause, "evaluate.features to hub"
+
+
+def _features_come_from(field: str, source: str) -> Rule:
+    def rule(p: View) -> str | None:
+        features, value = p.evaluate.features, getattr(p.evaluate, field)
+        if features != source and value not in (None, NEUTRAL.get(f"evaluate.{field}")):
+            return (
+                f"evaluate.{field} = {value!r}: evaluate.features = {features!r} doesn't read it; set "
+                f"evaluate.features: {source}, or evaluate.{field}: {NEUTRAL.get(f'evaluate.{field}', 'null')}"
+            )
+
+    return rule
+
+
+def _features_need_repo(p: View) -> str | None:
+    if p.evaluate.features == "hub" and p.evaluate.features_repo is None:
+        return (
+            "evaluate.features_repo = None: evaluate.features = 'hub' needs a repository, owner/name, e.g. "
+            "facebook/dinov2-small"
+        )
+
+
+def _neighbors_need_features(p: View) -> str | None:
+    if p.evaluate.nearest_neighbors and p.evaluate.features == "none":
+        return (
+            "evaluate.nearest_neighbors = True: evaluate.features = 'none' has nothing to compare images by; set it to "
+            "false, or evaluate.features to hub or local"
+        )
 
 
 def _no_images(p: View) -> tuple[str, str] | None:
@@ -206,7 +235,9 @@ def _captions_survive_the_flip(p: View) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
-    _hub_needs_repo("base"), _hub_needs_repo("dataset"),
+    _hub_needs_repo("base"), _hub_needs_repo("dataset"), _features_need_repo, _neighbors_need_features,
+    _features_come_from("features_path", "local"), _features_come_from("features_repo", "hub"),
+    _features_come_from("features_revision", "hub"),
     source_reads_it("base.repo", "hub"), source_reads_it("base.revision", "hub"),
     source_reads_it("base.path", "local"),
     source_reads_it("dataset.repo", "hub"), source_reads_it("dataset.revision", "hub"),
@@ -218,8 +249,8 @@ RULES: tuple[Rule, ...] = (
     source_reads_it("dataset.world", "generated"), source_reads_it("dataset.num_scenes", "generated"),
     source_reads_it("dataset.new_fraction", "generated"),
     has_effect("dataset.alpha_background", _generated), has_effect("precompute.center_crop", _generated),
-    has_effect("evaluate.num_prompts", _not_generated), has_effect("evaluate.num_inference_steps", _not_generated),
-    has_effect("evaluate.guidance_scale", _not_generated),
+    has_effect("evaluate.num_prompts", _nothing_drawn), has_effect("evaluate.num_inference_steps", _nothing_drawn),
+    has_effect("evaluate.guidance_scale", _nothing_drawn),
     has_effect("validation.num_inference_steps", _no_images), has_effect("validation.guidance_scale", _no_images),
     has_effect("sample.negative_prompt", _no_guidance), _checkpoints_are_kept,
     _listed_once("sample", "checkpoints"), _listed_once("sample", "guidance_scales"),

@@ -383,12 +383,25 @@ class EvaluateParams(Section):
     """Timesteps at which each held-out image is noised, in the middle of as many equal bins."""
     max_samples: PositiveInt
     """Held-out images used for the loss."""
+    features: Literal["none", "local", "hub"]
+    """Where the image encoder comes from by which drawn images are compared with real ones: a DINOv2, or a CLIP that
+    isn't the base's own, which also scores images against captions. `none` leaves these metrics out, and of data that
+    isn't `generated` draws no images."""
+    features_path: Text
+    """`features: local` only: folder of the encoder; DVC watches it, so it must exist whatever `features` is."""
+    features_repo: HubRepo | None
+    """`features: hub` only: repository, `owner/name`, e.g. `facebook/dinov2-small`."""
+    features_revision: Text | None
+    """Branch, tag or commit of `features_repo`; null is the newest. The commit is recorded."""
+    nearest_neighbors: bool
+    """Compare drawn images with every training image, to find copies; needs `features`."""
     num_prompts: PositiveInt
-    """`generated` only: prompts of each kind (new and known concepts), or lit scenes, whose images are measured."""
+    """Images that each model draws and that are measured: of `generated` data one for each prompt of each kind (new
+    and known concepts), or for each lit scene; of other data one for each of so many held-out captions."""
     num_inference_steps: PositiveInt
-    """`generated` only: DPM-Solver++ steps of these images."""
+    """DPM-Solver++ steps of these images."""
     guidance_scale: Annotated[float, Field(ge=0)]
-    """`generated` only: classifier-free guidance of these images; 1 or less is none."""
+    """Classifier-free guidance of these images; 1 or less is none."""
     batch_size: PositiveInt
     """Latents per UNet call. Changes speed and memory only."""
     num_bootstrap: Annotated[int, Field(ge=100)]

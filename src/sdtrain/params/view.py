@@ -29,6 +29,7 @@ NEUTRAL = {
     "validation.guidance_scale": 4.0,
     "export.merged": False,
     "sample.negative_prompt": "",
+    "evaluate.features_path": "data/builtin_clip",
     "evaluate.num_prompts": 160,
     "evaluate.num_inference_steps": 20,
     "evaluate.guidance_scale": 4.0,
