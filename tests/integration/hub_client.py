@@ -26,7 +26,8 @@ class Answer:
 
 
 class HubClient:
-    """A process that calls `resolve_base` and `build_dataset` with the shipped params and some changes, and plans."""
+    """A process that calls `resolve_base`, `resolve_features` and `build_dataset` with the shipped params and some
+    changes, and plans."""
 
     def __init__(self, endpoint: str, home: Path, **environment: str) -> None:
         outside = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
@@ -55,6 +56,10 @@ class HubClient:
     def resolve_base(self, out: Path, **changes: object) -> Answer:
         """Call `resolve_base` with the `base` section so changed, into `out`."""
         return self._call({"section": "base", "changes": changes, "out": str(out)})
+
+    def resolve_features(self, out: Path, **changes: object) -> Answer:
+        """Call `resolve_features` with the `evaluate` section so changed, into `out`."""
+        return self._call({"section": "evaluate", "changes": changes, "out": str(out)})
 
     def build_dataset(self, out: Path, **changes: object) -> Answer:
         """Call `build_dataset` with the `dataset` section so changed, into `out` and `out.json`."""
@@ -91,8 +96,9 @@ def _run(call: dict) -> None:
         return
     from sdtrain.base import resolve_base
     from sdtrain.dataset import build_dataset
+    from sdtrain.features import resolve_features
     from sdtrain.params.load import load_params
-    from sdtrain.params.schema import BaseParams, DatasetParams
+    from sdtrain.params.schema import BaseParams, DatasetParams, EvaluateParams
 
     tree = load_params(ROOT / "params.yaml").model_dump()
     tree[call["section"]].update(call["changes"])
@@ -100,6 +106,8 @@ def _run(call: dict) -> None:
     # The section alone, without the method that asks for it.
     if call["section"] == "base":
         resolve_base(BaseParams.model_validate(tree["base"]), tree["seed"], out=out)
+    elif call["section"] == "evaluate":
+        resolve_features(EvaluateParams.model_validate(tree["evaluate"]), out=out)
     else:
         params = DatasetParams.model_validate(tree["dataset"])
         build_dataset(params, tree["seed"], out=out, metrics=out.with_suffix(".json"))

@@ -21,6 +21,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from sdtrain.data.shards import read_dataset
 from sdtrain.ground.files import read_json
+from sdtrain.ground.manifests import FeaturesManifest
 from sdtrain.models.parts import load_tokenizer, tokenize
 from sdtrain.models.pipelines import load_pipeline
 from tests.integration.hub_client import Answer, HubClient
@@ -590,6 +591,62 @@ def test_a_git_lfs_pointer_in_a_local_base_is_named(client, model, tmp_path, out
     assert refusal(client.resolve_base, out, source="local", path=local) == (
         f"base.path = '{local}': {WEIGHTS} is a Git LFS pointer, not the file itself; run `git lfs pull` there"
     )
+
+
+# ---------------------------------------------------------------- image encoders
+
+
+ENCODER = {
+    "config.json": b'{"model_type": "dinov2"}', "preprocessor_config.json": b"{}", "model.safetensors": b"weights",
+}  # fmt: skip
+TOKENIZER = {"tokenizer_config.json": b"{}", "tokenizer.json": b"{}"}
+UNNEEDED = {"README.md": b"a card", "pytorch_model.bin": b"a pickle", "open_clip_model.safetensors": b"weights"}
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "clip"])
+def test_an_image_encoder_comes_with_what_it_needs_alone(hub, client, out, kind):
+    """A CLIP's tokenizer, too, whose name follows from the repository's."""
+    files = with_config(ENCODER, "config.json", model_type=kind) | (TOKENIZER if kind == "clip" else {})
+    commit = hub.add(f"acme/{kind}-Small.1", {**files, **TOKENIZER, **UNNEEDED})
+    succeed(client.resolve_features(out, features="hub", features_path="x", features_repo=f"acme/{kind}-Small.1"))
+    manifest = FeaturesManifest.read(out)
+    assert manifest.source == {"repo": f"acme/{kind}-Small.1", "revision": None, "commit": commit}
+    assert manifest.label == f"{kind}_small_1"
+    assert manifest.files == sha256(files)
+    assert set(read_folder(out)) == {*files, "manifest.json"}
+
+
+def test_an_image_encoder_of_a_folder_and_none(client, tmp_path, out):
+    folder = write_folder(tmp_path / "my-dino", {**ENCODER, **UNNEEDED})
+    succeed(client.resolve_features(out, features_path=folder))
+    assert (FeaturesManifest.read(out).label, set(read_folder(out))) == ("my_dino", {*ENCODER, "manifest.json"})
+    succeed(client.resolve_features(out, features="none"))
+    assert (FeaturesManifest.read(out).label, set(read_folder(out))) == (None, {"manifest.json"})
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"README.md": b""}, "lacks config.json"),
+        ({"config.json": b'{"model_type": "vit"}'}, "model_type = 'vit' in its config.json; take a model of dinov2 or"),
+        (
+            {"config.json": b'{"model_type": "clip"}', "pytorch_model.bin": b"a pickle"},
+            "lacks preprocessor_config.json, tokenizer_config.json, tokenizer.json, model.safetensors (it has pickled",
+        ),
+        ({**ENCODER, "model.safetensors": lfs_pointer(b"w")}, "model.safetensors is a Git LFS pointer"),
+        (None, "no such folder; it needs an image encoder"),
+    ],
+)
+def test_an_image_encoder_that_cannot_be_used_is_refused(client, tmp_path, out, files, message):
+    folder = str(tmp_path / "none") if files is None else write_folder(tmp_path / "folder", files)
+    error = refusal(client.resolve_features, out, features_path=folder)
+    assert error.startswith(f"evaluate.features_path = '{folder}': ")
+    assert message in error
+
+
+def test_without_a_network_evaluation_without_an_encoder_is_offered(lonely_client, out):
+    error = refusal(lonely_client.resolve_features, out, features="hub", features_repo="acme/nowhere")
+    assert "set evaluate.features: none to evaluate without" in error
 
 
 # ---------------------------------------------------------------- base: files that don't match what the hub reports

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sdtrain.export import export_model
 from sdtrain.ground.errors import InputError
 from sdtrain.precompute import precompute_latents
 from tests.integration.conftest import Workspace
@@ -63,3 +64,14 @@ def test_captions_of_other_images(world, tmp_path, capsys):
     precompute_latents(params.precompute, 0, world.base, tmp_path / "dataset", latents, tmp_path / "metrics.json")
     told = told_by(world, tmp_path, capsys, latents)
     assert "WARNING: the model ignores what it is told:\nthe model hardly uses the caption" in told
+
+
+def test_images_learned_by_heart(make_params, root, tmp_path, capsys):
+    """20 images, each seen some 300 times."""
+    few = {"dataset": {"num_scenes": 80, "validation_fraction": 0.7}, "validation": VALIDATION | {"every_n_steps": 100}}
+    world = Workspace(tmp_path / "world", make_params, root, few)
+    run = world.train(tmp_path, train={**GOOD, "max_steps": 400})
+    params = world.make_params(export={"checkpoint": "last", "weights": "raw"}, evaluate={"num_timesteps": 8})
+    export_model(params.export, world.base, run.checkpoints, tmp_path / "model")
+    world.evaluate(tmp_path / "model", tmp_path / "out", params)
+    assert "WARNING: the model memorises: the loss of its training images is " in capsys.readouterr().err

@@ -21,6 +21,8 @@ from sdtrain.ground.files import write_json
 
 _NUM_SHOWN = 8
 _MAX_SIDE_PX = 256
+MAX_BYTES = 3 * _NUM_SHOWN * 3 * _MAX_SIDE_PX**2
+"""Of all images, before PNG's compression."""
 
 
 def write_worst(

@@ -3,21 +3,23 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from huggingface_hub import constants
 
 from sdtrain.data.conditions import CONDITIONS
 from sdtrain.data.shards import NUM_PROBES
+from sdtrain.evaluation.pictures import MAX_BYTES
 from sdtrain.ground.grid import MIN_CELL_PX
 from sdtrain.ground.light import MAP_PX
 from sdtrain.ground.manifests import LIT_WORLDS
 from sdtrain.methods import METHODS
 from sdtrain.models.parts import Configs, vae_factor
-from sdtrain.params.schema import Params
+from sdtrain.params.schema import EvaluateParams, Params
 from sdtrain.tools.plan.base import Base
 from sdtrain.tools.plan.images import Images
 from sdtrain.tools.plan.made import Made
-from sdtrain.tools.plan.sizes import size
+from sdtrain.tools.plan.sizes import folder_bytes, size
 from sdtrain.training.disk import MAX_STATES, disk_needs
 from sdtrain.training.memory import Costs
 
@@ -57,7 +59,9 @@ def disk_items(
         Item("states", needs.states_bytes, states, is_out=False),
         Item("checkpoints", needs.checkpoints_bytes, checkpoints),
         Item("model", model_bytes, f"about, {params.export.dtype}"),
+        *_features_items(params.evaluate),
         Item("samples", _samples_bytes(params, base.configs, latent_shape[-1]), "at most"),
+        Item("evaluation", MAX_BYTES, "at most"),
         *_hub_items(params, base, images, made),
     ]
 
@@ -96,6 +100,13 @@ def _condition_bytes(params: Params, name: str, latent_shape: tuple[int, int, in
     if kind == "mask":
         return 2 * size
     return 3 * 4 * math.prod(getattr(params.method, "light_size", None) or (MAP_PX, MAP_PX))
+
+
+def _features_items(params: EvaluateParams) -> list[Item]:
+    """The image encoder that images are compared by; of the hub's the size isn't asked for."""
+    if params.features == "local":
+        return [Item("features", folder_bytes(Path(params.features_path)), f"at most, all of {params.features_path}")]
+    return [Item("features", None, str(params.features_repo))] if params.features == "hub" else []
 
 
 def _samples_bytes(params: Params, configs: Configs, latent_size: int) -> int:
