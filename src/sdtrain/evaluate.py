@@ -55,7 +55,8 @@ def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: Ev
     """
     base = files.base
     pipelines = {"base": load_base_pipeline(base), "trained": load_model(files.model, base)}
-    shards = LatentShards(files.latents, "validation", encoders_fingerprint(base))
+    split = LatentsManifest.read(files.latents).reported_split
+    shards = LatentShards(files.latents, split, encoders_fingerprint(base))
     data = DatasetManifest.read(files.dataset)
     world, accuracies, relit, values = _world(data, shards.manifest), [], [], Values()
     # Before a method changes the pipelines' parts.
@@ -90,6 +91,7 @@ def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: Ev
     write_text(files.loss_table, table.to_csv(index=False, lineterminator="\n"))
     values.write(files.values)
     write_json(files.metrics, numbers)
+    print(f"held-out images: {held_out.num_samples} of the {split} split")
     for name, value in numbers.items():
         print(f"{name:40} {value:.5g}")
 

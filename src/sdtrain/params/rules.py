@@ -27,6 +27,15 @@ def _not_generated(p: View) -> tuple[str, str] | None:
         return f"dataset.source = {p.dataset.source!r}, which has no images to measure", "dataset.source to generated"
 
 
+def _some_is_trained_on(p: View) -> str | None:
+    validation, test = p.dataset.validation_fraction, p.dataset.test_fraction
+    if validation + test >= 1:
+        return (
+            f"dataset.validation_fraction = {validation}, dataset.test_fraction = {test}: leave no image to train on; "
+            "their sum must be below 1"
+        )
+
+
 def _no_images(p: View) -> tuple[str, str] | None:
     if not p.validation.prompts and p.validation.num_held_out is None:
         if conditions_of(p):
@@ -206,7 +215,7 @@ def _captions_survive_the_flip(p: View) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
-    _hub_needs_repo("base"), _hub_needs_repo("dataset"),
+    _hub_needs_repo("base"), _hub_needs_repo("dataset"), _some_is_trained_on,
     source_reads_it("base.repo", "hub"), source_reads_it("base.revision", "hub"),
     source_reads_it("base.path", "local"),
     source_reads_it("dataset.repo", "hub"), source_reads_it("dataset.revision", "hub"),
