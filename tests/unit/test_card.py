@@ -107,7 +107,8 @@ class Project:
             recorded[section] = value if section in ("method", "seed") else {**recorded[section], **value}
         self.config = {
             "step": 750, "num_steps": 1000, "num_train": 2000, "num_validation": 230,
-            "validation_loss": {"raw": 0.04, "ema": 0.036}, "ema_step": 750, "fingerprint": FINGERPRINT, "identity": {"base": "…"}, "resumed_from": None,
+            "validation_loss": {"raw": 0.04, "ema": 0.036}, "ema_step": 750,
+            "fingerprint": FINGERPRINT, "identity": {"base": "…"}, "resumed_from": None,
             "params": recorded, "export": {**EXPORT, **(export or {})},
         }  # fmt: skip
         self.write(self.model / "training_config.json", self.config)
