@@ -11,7 +11,7 @@ from sdtrain.params.schema import Params
 
 ROOT = Path(__file__).resolve().parent.parent
 SHRUNK = {
-    "dataset": {"num_scenes": 60, "num_workers": 0},
+    "dataset": {"num_scenes": 60, "test_fraction": 0.0, "num_workers": 0},
     "precompute": {"batch_size": 16},
     "train": {"max_steps": 4, "batch_size": 8, "micro_batch_size": 8, "lr_warmup_steps": 0, "log_every_n_steps": 1},
     "validation": {"every_n_steps": 2, "num_timesteps": 2, "max_samples": 4, "prompts": []},

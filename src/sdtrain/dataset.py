@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from sdtrain.data.conditions import CONDITIONS, Cleaned, check_light_part
 from sdtrain.data.images import DAMAGED_EXIF, BadImage, clean_image
-from sdtrain.data.shards import SPLITS, DatasetWriter
+from sdtrain.data.shards import DatasetWriter
 from sdtrain.data.sources import Candidate, open_source
 from sdtrain.ground import randomness
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import PARTIAL, new_folder, sha256_json, write_json
-from sdtrain.ground.manifests import DatasetCondition, DatasetLight, DatasetManifest, DatasetSplit
+from sdtrain.ground.manifests import SPLITS, TEST, DatasetCondition, DatasetLight, DatasetManifest, DatasetSplit
 from sdtrain.params.schema import DatasetParams
 
 
@@ -52,7 +52,8 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
     with new_folder(out) as folder, _scratch_folder(out) as scratch:
         source = open_source(params, seed, scratch)
         conditions = dict.fromkeys(sorted(params.condition_columns), 0)  # most channels of a row, or the maps' shape
-        writers = {split: DatasetWriter(folder, split, list(conditions)) for split in SPLITS}
+        names = [*SPLITS, TEST] if params.test_fraction else SPLITS
+        writers = {split: DatasetWriter(folder, split, list(conditions)) for split in names}
         outcomes, notes = Counter(), Counter()
         # A file's name can be any bytes, not only valid text.
         with (folder / "inputs.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
@@ -69,9 +70,7 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
                     table.writerow([candidate.name, "dropped", found, "", *origins])
                     outcomes[found.split(":")[0]] += 1
                     continue
-                # By pixels or group alone: copies stay in one split, and every seed holds out the same images.
-                held_out = randomness.uniform(0, "split", randomness.hash64(found.group))
-                split = "validation" if held_out < params.validation_fraction else "train"
+                split = _split_of(found.group, params)
                 notes.update(note.split(":")[0] for note in found.notes)
                 for name, cleaned in found.conditions.items():
                     conditions[name] = cleaned.map_shape or max(conditions[name], cleaned.channels)
@@ -101,15 +100,26 @@ def build_dataset(params: DatasetParams, seed: int, out: Path, metrics: Path) ->
             fingerprint=sha256_json([*told, conditions] if conditions else told),
         )
         manifest.write(folder)
-        counts = {f"num_{split}": splits[split].num_rows for split in SPLITS}
+        counts = {f"num_{name}": split.num_rows for name, split in splits.items()}
         counts["num_dropped"] = sum(reasons.values())
         counts = {"num_inputs": sum(counts.values()), **counts, "num_damaged_exif": notes[DAMAGED_EXIF]}
         write_json(metrics, counts)
     print(
-        f"{counts['num_inputs']} inputs: {counts['num_train']} train, {counts['num_validation']} held out, "
+        f"{counts['num_inputs']} inputs: {', '.join(f'{split.num_rows} {name}' for name, split in splits.items())}, "
         f"{counts['num_dropped']} dropped {reasons or ''}"
         + (f"; kept with a note: {manifest.noted}, see {out / 'inputs.csv'}" if notes else "")
     )
+
+
+def _split_of(group: str, params: DatasetParams) -> str:
+    """Drawn by pixels or group alone, so that copies stay in one split, and every seed holds out the same images.
+
+    Validation takes the lowest draws and test the highest, so that neither fraction moves the other's images.
+    """
+    drawn = randomness.uniform(0, "split", randomness.hash64(group))
+    if drawn < params.validation_fraction:
+        return "validation"
+    return TEST if drawn >= 1 - params.test_fraction else "train"
 
 
 @contextmanager
@@ -133,13 +143,17 @@ def _must_have_images(splits: dict[str, DatasetSplit], reasons: dict, params: Da
     kept = sum(split.num_rows for split in splits.values())
     if not kept:
         raise InputError(f"dataset.source = '{params.source}': no usable image; dropped: {reasons or 'none found'}")
-    for split in SPLITS:
-        if not splits[split].num_rows:
-            way = "raise" if split == "validation" else "lower"
-            raise InputError(
-                f"dataset.validation_fraction = {params.validation_fraction}: leaves no {split} image "
-                f"of {kept}; {way} it, or add images"
-            )
+    validation = f"dataset.validation_fraction = {params.validation_fraction}"
+    test = f"dataset.test_fraction = {params.test_fraction}"
+    both, lower = (f"{validation}, {test}: leave", "one") if TEST in splits else (f"{validation}: leaves", "it")
+    faults = {
+        "train": f"{both} no train image of {kept}; lower {lower}",
+        "validation": f"{validation}: leaves no validation image of {kept}; raise it",
+        TEST: f"{test}: leaves no test image of {kept}; raise it, set it to 0",
+    }
+    for name, split in splits.items():
+        if not split.num_rows:
+            raise InputError(f"{faults[name]}, or add images")
 
 
 def _checked(candidates: Iterable[Candidate], params: DatasetParams) -> Iterator[tuple[Candidate, Kept | str]]:

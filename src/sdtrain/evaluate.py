@@ -64,7 +64,8 @@ def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: Ev
     """
     base = files.base
     pipelines = {"base": load_base_pipeline(base), "trained": load_model(files.model, base)}
-    shards = LatentShards(files.latents, "validation", encoders_fingerprint(base))
+    split = LatentsManifest.read(files.latents).reported_split
+    shards = LatentShards(files.latents, split, encoders_fingerprint(base))
     data = DatasetManifest.read(files.dataset)
     world, accuracies, relit, values, images = _world(data, shards.manifest), [], [], Values(), DrawnImages()
     # Before a method changes the pipelines' parts.
@@ -106,6 +107,7 @@ def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: Ev
     values.write(files.values)
     write_json(files.metrics, numbers)
     write_json(files.image_sets, image_sets)
+    print(f"held-out images: {held_out.num_samples} of the {split} split")
     for name, value in (numbers | image_sets).items():
         print(f"{name:50} {value:.5g}")
 

@@ -23,7 +23,7 @@ from sdtrain.data.conditions import CONDITIONS, area_mean, on_grey
 from sdtrain.data.degradations import degraded
 from sdtrain.data.edges import canny_edges
 from sdtrain.data.images import decode_rgb, draw_crop, square_pixels
-from sdtrain.data.shards import NUM_PROBES, PROBE, SPLITS, read_dataset
+from sdtrain.data.shards import NUM_PROBES, PROBE, read_dataset
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, sha256_file, sha256_json, write_json
 from sdtrain.ground.manifests import (
@@ -70,7 +70,7 @@ def precompute_latents(
     statistics = _Statistics(vae.config.scaling_factor)
     splits: dict[str, list[Shard]] = {}
     with new_folder(out) as folder:
-        for split in SPLITS:
+        for split in manifest.splits:
             rows, splits[split] = read_dataset(dataset, split), []
             progress = tqdm(
                 total=manifest.splits[split].num_rows, desc=f"precompute {split}", unit="image", disable=None
@@ -90,7 +90,7 @@ def precompute_latents(
                 counts["num_upscaled"] += sum(min(row["width"], row["height"]) < params.resolution for row in shard)
                 name = f"{split}-{len(splits[split]):05}.safetensors"
                 lists = {"ids": [row["id"] for row in shard]}
-                if split == "validation":
+                if split != "train":
                     lists["captions"] = captions
                 save_file(tensors, folder / name, metadata={key: json.dumps(values) for key, values in lists.items()})
                 splits[split].append(Shard(file=name, num_rows=len(shard), sha256=sha256_file(folder / name)))

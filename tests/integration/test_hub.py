@@ -911,7 +911,7 @@ def test_a_hub_that_falls_silent_is_not_waited_for_for_ever(hub, model, tmp_path
 # ---------------------------------------------------------------- dataset
 
 
-HUB_DATA = {"source": "hub", "validation_fraction": 0.3}
+HUB_DATA = {"source": "hub", "validation_fraction": 0.3, "test_fraction": 0.0}
 LOCAL_DATA = "set dataset.source: imagefolder and dataset.path to a folder on this machine, or use 'generated'"
 
 

@@ -100,6 +100,15 @@ def test_before_anything_is_made_the_plan_reads_the_params(command, nothing):
     assert plan["resume"] == "unknown until base and latents are there"
 
 
+def test_a_test_split_is_counted_apart(command, nothing):
+    dataset = {"num_scenes": 1000, "test_fraction": 0.2}
+    plan = lines_of(command("plan", places=nothing, dataset=dataset, validation={"max_samples": 5000}))
+    assert plan["images"].startswith("700 to train on, 100 held out for validation, 200 for test (about, by dataset")
+    assert plan["validations"].startswith("3, of 200 noised latents each")  # at two timesteps
+    plan = lines_of(command("plan", places=nothing, dataset={**dataset, "max_train_samples": 70}))
+    assert plan["images"].startswith("70 to train on, 10 held out for validation, 20 for test (about, by dataset")
+
+
 def test_steps_are_unknown_only_where_they_hang_on_images_that_are_not_counted(command, nothing, tmp_path):
     dataset = {"source": "imagefolder", "path": str(tmp_path / "none")}
     plan = lines_of(command("plan", places=nothing, dataset=dataset))

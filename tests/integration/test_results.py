@@ -148,10 +148,12 @@ def test_grid_puts_each_image_in_its_place():
     assert (255, 0, 0) not in counts[1]
 
 
-def test_evaluate_writes_the_numbers_with_their_counts(workspace, model, tmp_path):
+def test_evaluate_writes_the_numbers_with_their_counts(workspace, model, tmp_path, capsys):
     params = workspace.make_params(validation={"max_samples": 100})
     numbers = workspace.evaluate(model, tmp_path, params)
-    assert numbers["num_held_out"] == json.loads((workspace.folder / "dataset.json").read_text())["num_validation"]
+    num_validation = json.loads((workspace.folder / "dataset.json").read_text())["num_validation"]
+    assert numbers["num_held_out"] == num_validation
+    assert f"held-out images: {num_validation} of the validation split" in capsys.readouterr().out
     gain = numbers["held_out_loss_base"] - numbers["held_out_loss_trained"]
     assert numbers["held_out_loss_gain"] == pytest.approx(gain, abs=1e-9)
     assert numbers["held_out_loss_gain_ci_low"] <= gain <= numbers["held_out_loss_gain_ci_high"]

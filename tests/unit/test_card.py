@@ -106,8 +106,9 @@ class Project:
         for section, value in changes.items():
             recorded[section] = value if section in ("method", "seed") else {**recorded[section], **value}
         self.config = {
-            "step": 750, "num_steps": 1000, "num_train": 2000, "validation_loss": {"raw": 0.04, "ema": 0.036},
-            "ema_step": 750, "fingerprint": FINGERPRINT, "identity": {"base": "…"}, "resumed_from": None,
+            "step": 750, "num_steps": 1000, "num_train": 2000, "num_validation": 230,
+            "validation_loss": {"raw": 0.04, "ema": 0.036}, "ema_step": 750,
+            "fingerprint": FINGERPRINT, "identity": {"base": "…"}, "resumed_from": None,
             "params": recorded, "export": {**EXPORT, **(export or {})},
         }  # fmt: skip
         self.write(self.model / "training_config.json", self.config)
@@ -443,6 +444,29 @@ def test_own_images_have_the_held_out_loss_alone(project):
     assert len(table(card)) == 8
     assert "prompt says" not in card
     assert "2,000 captioned images (source `imagefolder`), 64 px" in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dataset": {"test_fraction": 0.1}, "validation": {"max_samples": 96}},
+         "It is of 214 test images; the checkpoint was chosen on 96 others."),
+        ({"dataset": {"test_fraction": 0.1}, "validation": {"max_samples": 5000}},
+         "It is of 214 test images; the checkpoint was chosen on 230 others."),
+        ({"dataset": {"test_fraction": 0.1}, "export": {"checkpoint": "last"}}, "It is of 214 test images."),
+        ({"validation": {"max_samples": 96}},
+         "The checkpoint was chosen on 96 of these 214 images, which favours it a little."),
+        ({"validation": {"max_samples": 5000}},
+         "The checkpoint was chosen on 214 of these 214 images, which favours it a little."),
+    ],
+)  # fmt: skip
+def test_the_card_says_if_the_checkpoint_was_chosen_on_the_images_of_its_loss(project, changes, sentence):
+    noise = "at fixed timesteps and with fixed noise."
+    assert f"{noise} {sentence} Its rise" in flat(project.build(files=PIPELINE, **changes).card())
+
+
+def test_the_last_checkpoint_was_not_chosen(project):
+    assert "chosen on" not in project.build(files=PIPELINE, export={"checkpoint": "last"}).card()
 
 
 def test_a_gain_that_may_be_none_is_called_so(project):

@@ -412,6 +412,20 @@ def test_other_images_give_no_verdict_while_the_rest_is_ranked(make_run):
     assert found.num_comparisons == 1
 
 
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_a_run_reported_on_test_images_does_not_compare_with_one_on_validation_images(make_run, num_seeds):
+    """More seeds are only asked for where they would help."""
+    on_validation, on_test = [make_run(seed) for seed in range(num_seeds)], []
+    for seed in range(num_seeds):
+        run = make_run(seed, name=f"test-{seed}")
+        lock = json.loads(json.dumps(run.lock).replace('"d9"', '"d8"'))
+        lock["stages"]["dataset"]["params"]["params.yaml"]["dataset.test_fraction"] = 0.1
+        on_test.append(replace(run, lock=lock, values=run.values.assign(item="test " + run.values["item"])))
+    [sentence] = sentences(compare([*on_validation, *on_test], LOSS))
+    names = {"dataset.test_fraction 0.1", "no dataset.test_fraction"}
+    assert {*sentence.removesuffix(" have no values of the same images: no verdict.").split(" and ")} == names
+
+
 @pytest.mark.parametrize("column", ["text", "timestep"])
 def test_the_same_names_of_other_questions_are_other_images(make_run, column):
     runs = recipes_of(make_run, {1e-3: 1.0, 2e-3: 0.9})

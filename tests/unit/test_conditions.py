@@ -15,11 +15,11 @@ from PIL import GifImagePlugin, Image
 from sdtrain.data import shards
 from sdtrain.data.conditions import CONDITIONS
 from sdtrain.data.images import BadImage, decode_rgb, draw_crop, square_pixels
-from sdtrain.data.shards import SPLITS, read_dataset
+from sdtrain.data.shards import read_dataset
 from sdtrain.dataset import build_dataset
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json
-from sdtrain.ground.manifests import DatasetManifest
+from sdtrain.ground.manifests import SPLITS, DatasetManifest
 from sdtrain.params.schema import DatasetParams
 from tests.unit.test_dataset import jsonl, write_files, write_parquet, write_tar
 
@@ -158,7 +158,7 @@ def build(tmp_path, make_params):
         build_dataset(DatasetParams.model_validate(shipped | fields), 0, out, tmp_path / "metrics.json")
         with (out / "inputs.csv").open(newline="", encoding="utf-8") as file:
             inputs = list(csv.DictReader(file))
-        rows = [row for split in SPLITS for row in read_dataset(out, split)]
+        rows = [row for split in DatasetManifest.read(out).splits for row in read_dataset(out, split)]
         return Built(out, rows, inputs, DatasetManifest.read(out))
 
     return build
@@ -477,14 +477,14 @@ def test_rows_of_a_group_stay_in_one_split(tmp_path, build):
     columns = {"image": images, "text": texts, "object": objects, "number": [n % 15 for n in range(60)]}
     write_parquet(tmp_path / "in/a.parquet", **columns)
     plain = build(source="parquet").held_out
-    for column in ("object", "number"):
-        built = build(source="parquet", group_column=column)
-        sides = {
-            split: {int(row["caption"].split()[1]) % 15 for row in read_dataset(built.folder, split)}
-            for split in SPLITS
-        }
-        assert not sides["train"] & sides["validation"]
-        assert sides["train"] | sides["validation"] == set(range(15))
+    for column, test_fraction in (("object", 0.0), ("number", 0.0), ("object", 0.2)):
+        built = build(source="parquet", group_column=column, test_fraction=test_fraction)
+        sides = [
+            {int(row["caption"].split()[1]) % 15 for row in read_dataset(built.folder, split)}
+            for split in built.manifest.splits
+        ]
+        assert len(sides) == 2 + (test_fraction > 0)
+        assert sum(map(len, sides)) == len(set.union(*sides)) == 15
         assert built.held_out != plain
     assert {row["id"] for row in built.rows} == {row["id"] for row in build(source="parquet").rows}
 

@@ -20,10 +20,11 @@ from PIL import GifImagePlugin, Image
 from sdtrain import dataset
 from sdtrain.data import scenes
 from sdtrain.data.images import decode_rgb
-from sdtrain.data.shards import SPLITS, read_dataset
+from sdtrain.data.shards import read_dataset
 from sdtrain.dataset import build_dataset
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json
+from sdtrain.ground.manifests import SPLITS, TEST
 from sdtrain.params.schema import DatasetParams
 
 NUM = 12
@@ -133,6 +134,9 @@ class Built:
         """Each input's name with `kept`, or with the reason why it was dropped."""
         return [(line["input"], line["reason"] if line["outcome"] == "dropped" else "kept") for line in self.inputs]
 
+    def ids(self, split: str) -> set[str]:
+        return {row["id"] for row in self.rows[split]}
+
     def bytes_by_file(self) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in self.folder.iterdir()}
 
@@ -147,19 +151,20 @@ def build(tmp_path, make_params):
         build_dataset(params, seed, out, metrics)
         with (out / "inputs.csv").open(newline="", encoding="utf-8") as file:
             inputs = list(csv.DictReader(file))
-        built = Built(out, {split: list(read_dataset(out, split)) for split in SPLITS}, inputs, read_json(metrics))
-        for split in SPLITS:
+        splits = (*SPLITS, TEST) if params.test_fraction else SPLITS
+        built = Built(out, {split: list(read_dataset(out, split)) for split in splits}, inputs, read_json(metrics))
+        for split in splits:
             assert [row["id"] for row in built.rows[split]] == [x["id"] for x in inputs if x["outcome"] == split]
-        num_train, num_validation = len(built.rows["train"]), len(built.rows["validation"])
+        nums = {f"num_{split}": len(built.rows[split]) for split in splits}
         assert built.metrics == {
             "num_inputs": len(inputs),
-            "num_train": num_train,
-            "num_validation": num_validation,
-            "num_dropped": len(inputs) - num_train - num_validation,
+            **nums,
+            "num_dropped": len(inputs) - sum(nums.values()),
             "num_damaged_exif": sum(x["reason"].startswith("EXIF is damaged: ") for x in inputs),
         }
         assert not [x for x in inputs if x["outcome"] == "dropped" and not x["reason"]]
         assert sum(read_json(out / "manifest.json")["dropped"].values()) == built.metrics["num_dropped"]
+        assert list(read_json(out / "manifest.json")["splits"]) == list(splits)
         return built
 
     return build
@@ -422,24 +427,55 @@ def test_too_little_memory_names_the_image_and_drops_nothing(num_workers, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"in"}
 
 
-def test_copies_of_an_image_land_on_one_side(tmp_path, build):
+@pytest.mark.parametrize("fractions", [{}, {"validation_fraction": 0.3, "test_fraction": 0.4}])
+def test_copies_of_an_image_land_on_one_side(tmp_path, build, fractions):
     for index in range(6):
         for copy, format in enumerate(["png", "bmp", "tiff", "png"]):
             name = f"{index}-{copy}"
             write_files(tmp_path / "in", {f"{name}.{format}": image(index, format), f"{name}.txt": f"{index} {name}"})
-    built = build(source="imagefolder")
-    sides = {split: {row["caption"].split()[0] for row in built.rows[split]} for split in SPLITS}
+    built = build(source="imagefolder", **fractions)
+    sides = [{row["caption"].split()[0] for row in rows} for rows in built.rows.values()]
     assert built.metrics["num_dropped"] == 0
     assert len(built.inputs) == len({line["id"] for line in built.inputs}) == 24
-    assert not sides["train"] & sides["validation"]
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 6
 
 
 def test_every_seed_and_every_crowd_holds_out_the_same_images(tmp_path, build):
-    options = with_txt(tmp_path / "in")
-    held_out = {row["id"] for row in build(0, **options).rows["validation"]}
-    assert {row["id"] for row in build(1, **options).rows["validation"]} == held_out
+    options = with_txt(tmp_path / "in") | {"validation_fraction": 0.3, "test_fraction": 0.4}
+    first, other_seed = build(0, **options), build(1, **options)
     write_files(tmp_path / "in", {"a.png": image(50), "a.txt": "another"})
-    assert {row["id"] for row in build(0, **options).rows["validation"]} >= held_out
+    more = build(0, **options)
+    for split in ("validation", TEST):
+        assert other_seed.ids(split) == first.ids(split)
+        assert more.ids(split) >= first.ids(split)
+
+
+def test_a_test_split_takes_from_the_training_images_alone(build):
+    def built(validation: float, test: float) -> Built:
+        fractions = {"validation_fraction": validation, "test_fraction": test}
+        return build(source="generated", path="data/images", num_scenes=200, **fractions)
+
+    plain, some, more, fewer = built(0.2, 0.0), built(0.2, 0.1), built(0.2, 0.3), built(0.1, 0.3)
+    assert plain.ids("validation") == some.ids("validation") == more.ids("validation") > fewer.ids("validation")
+    assert some.ids(TEST) < more.ids(TEST) == fewer.ids(TEST)
+    for tested in (some, more):
+        assert tested.ids("train") | tested.ids(TEST) == plain.ids("train")
+        assert not tested.ids("train") & tested.ids(TEST)
+    for ids, fraction in ((more.ids("validation"), 0.2), (some.ids(TEST), 0.1), (more.ids(TEST), 0.3)):
+        assert abs(len(ids) - 200 * fraction) < 3 * (200 * fraction * (1 - fraction)) ** 0.5
+
+
+def test_without_a_test_split_nothing_says_so(build):
+    built = build(source="generated", path="data/images", num_scenes=10)
+    assert "test" not in {*built.metrics, *read_json(built.folder / "manifest.json")["splits"]}
+    assert not list(built.folder.glob("test*"))
+
+
+def test_max_train_samples_counts_training_images_beside_a_test_split(tmp_path, build):
+    options = with_txt(tmp_path / "in") | {"validation_fraction": 0.3, "test_fraction": 0.4}
+    some, whole = build(**options, max_train_samples=2), build(**options)
+    assert len(whole.rows["train"]) > len(some.rows["train"]) == 2
+    assert some.ids(TEST) <= whole.ids(TEST)
 
 
 @pytest.mark.parametrize("write", [with_jsonl, with_webdataset])
@@ -553,6 +589,17 @@ ERRORS = [
         with_txt,
         {"validation_fraction": 0.999999},
         "dataset.validation_fraction = 0.999999: leaves no train image of 12; lower it, or add images",
+    ),
+    (
+        with_txt,
+        {"test_fraction": 1e-9},
+        "dataset.test_fraction = 1e-09: leaves no test image of 12; raise it, set it to 0, or add images",
+    ),
+    (
+        with_txt,
+        {"test_fraction": 0.499999},
+        "dataset.validation_fraction = 0.5, dataset.test_fraction = 0.499999: leave no train image of 12; lower one, "
+        "or add images",
     ),
 ]
 

@@ -19,11 +19,11 @@ from sdtrain.data import lit_scenes
 from sdtrain.data.conditions import CONDITIONS, area_mean, on_grey, read_condition
 from sdtrain.data.degradations import degraded
 from sdtrain.data.images import BadImage, decode_rgb, draw_crop, square_pixels
-from sdtrain.data.shards import SPLITS, Column, LatentShards, held_out_pictures, read_dataset
+from sdtrain.data.shards import Column, LatentShards, held_out_pictures, read_dataset
 from sdtrain.dataset import build_dataset
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json
-from sdtrain.ground.manifests import DatasetManifest, encoders_fingerprint
+from sdtrain.ground.manifests import SPLITS, DatasetManifest, encoders_fingerprint
 from sdtrain.models.parts import load_vae
 from sdtrain.params.schema import DatasetParams
 from sdtrain.precompute import precompute_latents

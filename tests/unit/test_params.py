@@ -187,6 +187,10 @@ RULE_CASES = [
         {"base__source": "hub", "base__repo": "a/b", "base__path": "/models/mine"},
         "base.path = '/models/mine': base.source = 'hub' doesn't read it; set base.source: local, or base.path: data/",
     ),
+    (
+        {"dataset__validation_fraction": 0.6, "dataset__test_fraction": 0.4},
+        "dataset.validation_fraction = 0.6, dataset.test_fraction = 0.4: leave no image to train on; their sum must be",
+    ),
     ({"dataset__repo": "a/b"}, "dataset.repo = 'a/b': dataset.source = 'generated' doesn't read it"),
     ({"dataset__revision": "v1"}, "dataset.revision = 'v1': dataset.source = 'generated' doesn't read it"),
     (

@@ -1,11 +1,12 @@
 """What the plan says of a data set with conditions, before and after it is made."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from sdtrain.dataset import build_dataset
+from sdtrain.ground.files import read_json
 from sdtrain.ground.manifests import DatasetManifest
 from sdtrain.params.schema import DatasetParams, Params
 from sdtrain.tools.plan.images import ask_source, count_images
@@ -43,6 +44,20 @@ def test_drawn_hints_are_in_the_bytes(world, tmp_path, params_of):
     planned = count_images(params, 0, tmp_path / "no", tmp_path / "no", NOTHING_MADE)
     build_dataset(params, 0, tmp_path / "out", tmp_path / "metrics.json")
     assert planned.num_bytes == pytest.approx(folder_bytes(tmp_path / "out"), rel=0.05)
+
+
+def test_images_of_a_test_split_are_planned_and_counted(tmp_path, params_of):
+    params = params_of(num_scenes=200, validation_fraction=0.2, test_fraction=0.3)
+    places = tmp_path / "no", tmp_path / "out"
+    planned = count_images(params, 0, *places, NOTHING_MADE)
+    assert (planned.num_train, planned.num_validation, planned.num_test) == (100, 40, 60)
+    build_dataset(params, 0, tmp_path / "out", tmp_path / "metrics.json")
+    counted = count_images(params, 0, *places, replace(NOTHING_MADE, dataset=True))
+    metrics = read_json(tmp_path / "metrics.json")
+    assert counted.num_train == metrics["num_train"]
+    assert (counted.num_validation, counted.num_test) == (metrics["num_validation"], metrics["num_test"])
+    assert planned.num_all == counted.num_all == 200
+    assert planned.num_bytes == pytest.approx(counted.num_bytes, rel=0.1)
 
 
 def made_for(params: Params, dataset: DatasetParams, folder: Path) -> Made:

@@ -115,7 +115,9 @@ def test_the_locked_run_is_of_the_shipped_params(stage, params):
 def test_the_stored_counts_are_of_the_shipped_params(numbers, params):
     evaluate, train = params["evaluate"], params["train"]
     assert numbers["num_prompts"] == evaluate["num_prompts"]
-    assert numbers["num_held_out"] == min(stored("dataset.json")["num_validation"], evaluate["max_samples"])
+    counts = stored("dataset.json")
+    num_reported = counts.get("num_test", counts["num_validation"])
+    assert numbers["num_held_out"] == min(num_reported, evaluate["max_samples"])
     assert numbers["num_steps"] == train["max_steps"]
 
 

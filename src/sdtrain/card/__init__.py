@@ -52,7 +52,7 @@ def write_card(
         f"---\n{_front_matter(found).to_yaml()}\n---",
         _title(found),
         images(found, shown, seed, grid.name, [name for name in drawn.models if name not in ("base", "trained")]),
-        results(evaluate, metrics, accuracy_table, relighting_table),
+        results(found, evaluate, metrics, accuracy_table, relighting_table),
         _training(found),
         usage(found, shown, seed),
         _reproduction(found, sample, evaluate),

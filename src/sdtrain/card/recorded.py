@@ -50,6 +50,7 @@ class Config(Recorded):
     step: int
     num_steps: int
     num_train: int
+    num_validation: int
     fingerprint: str
     resumed_from: Origin | None = None
     params: Params

@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, FiniteFloat, StringConstraints
 
-from sdtrain.card.recorded import check, read_recorded
+from sdtrain.card.recorded import Model, check, read_recorded
 from sdtrain.ground.errors import InputError
 from sdtrain.params.schema import EvaluateParams
 
@@ -71,7 +71,7 @@ class _Relighting(_Interval):
 _Row = TypeVar("_Row", _Accuracy, _Relighting)
 
 
-def results(evaluate: EvaluateParams, metrics: Path, accuracy_table: Path, relighting_table: Path) -> str:
+def results(model: Model, evaluate: EvaluateParams, metrics: Path, accuracy_table: Path, relighting_table: Path) -> str:
     """A table of every metric that both models have.
 
     Args:
@@ -102,7 +102,8 @@ def results(evaluate: EvaluateParams, metrics: Path, accuracy_table: Path, relig
     rows += _relighting_rows(numbers, relighting, metrics)
     table = [("", "base", "trained", "N"), ("---",) * 4, *rows]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in table)
-    return f"## Results\n\n{lines}\n\n{' '.join(_notes(evaluate, numbers, bool(accuracies), bool(relighting)))}"
+    notes = _notes(model, evaluate, numbers, bool(accuracies), bool(relighting))
+    return f"## Results\n\n{lines}\n\n{' '.join(notes)}"
 
 
 def _read_table(table: Path, kind: type[_Row]) -> dict[str, _Row]:
@@ -184,8 +185,21 @@ def _check_complete(numbers: dict[str, float], needed: list[str], metrics: Path)
         raise InputError(f"{metrics}: has no {missing[0]}; run `dvc repro {_STAGE}`")
 
 
+def _choice_of_checkpoint(model: Model, num_held_out: int) -> list[str]:
+    """Whether the held-out loss is of images that the checkpoint was chosen on; no words if there is nothing to say."""
+    config, is_best = model.config, model.config.export.checkpoint == "best"
+    num_choosing = min(config.num_validation, config.params.validation.max_samples)
+    if config.params.dataset.test_fraction:
+        chosen = f"; the checkpoint was chosen on {num_choosing:,} others" if is_best else ""
+        return [f"It is of {num_held_out:,} test images{chosen}."]
+    if not is_best:
+        return []
+    num_both = min(num_choosing, num_held_out)
+    return [f"The checkpoint was chosen on {num_both:,} of these {num_held_out:,} images, which favours it a little."]
+
+
 def _notes(
-    evaluate: EvaluateParams, numbers: dict[str, float], has_accuracies: bool, has_relighting: bool
+    model: Model, evaluate: EvaluateParams, numbers: dict[str, float], has_accuracies: bool, has_relighting: bool
 ) -> list[str]:
     notes = ["In parentheses are 95 % intervals."]
     if numbers["held_out_loss_gain_ci_low"] <= 0:
@@ -194,6 +208,7 @@ def _notes(
         "The held-out loss is the squared error of the implied noise ε on images that weren't trained on, at fixed "
         "timesteps and with fixed noise."
     )
+    notes += _choice_of_checkpoint(model, int(numbers["num_held_out"]))
     notes.append("Its rise with another image's condition shows how much the model uses that condition.")
     if any(name.endswith("_hint_accuracy_trained") for name in numbers):
         notes.append(

@@ -15,11 +15,11 @@ posterior before scaling, float16 [N, C, h, w], the same for the flipped image (
 - light maps (`light`, `light_1`): linear, float32 [N, H, W, 3].
 
 The images' ids, and in held-out shards their captions, are JSON lists under the keys `ids` and `captions` of the file's
-metadata. `probe.safetensors` holds the `pixels` that the VAE got for the first held-out images, float32
+metadata. `probe.safetensors` holds the `pixels` that the VAE got for the first validation images, float32
 [up to 4, 3, H, W]: training encodes them again to check its VAE.
 `manifest.json` has each shard's SHA-256.
 
-`split` is `train` or `validation`.
+`split` is `train`, `validation` or, where `dataset.test_fraction` asks for it, `test`; the last two are held out.
 """
 
 import bisect
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-SPLITS = ("train", "validation")
 PROBE, NUM_PROBES = "probe.safetensors", 4
 
 _AGAIN = "run `dvc repro --force --single-item precompute`"

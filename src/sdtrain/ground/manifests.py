@@ -18,6 +18,10 @@ _MAX_HASHED_BYTES = 8 * 2**30
 """Up to this size a latent cache's shards are hashed before a run, in some 10 s; beyond, only headers are read."""
 
 
+SPLITS = ("train", "validation")
+"""Of every data set."""
+TEST = "test"
+"""The further split of a data set with a `dataset.test_fraction`."""
 LIT_WORLDS = ("lit", "lit_by_map")
 """Of `dataset.world`, those whose scenes have a known light."""
 
@@ -26,9 +30,9 @@ class _Record(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-def _both(splits: dict) -> dict:
-    if sorted(splits) != ["train", "validation"]:
-        raise ValueError(f"must be train and validation, found {', '.join(splits) or 'none'}")
+def _all_splits(splits: dict) -> dict:
+    if sorted(splits) not in (sorted(SPLITS), sorted([*SPLITS, TEST])):
+        raise ValueError(f"must be train and validation, and may be test, found {', '.join(splits) or 'none'}")
     return splits
 
 
@@ -142,7 +146,7 @@ class DatasetManifest(Manifest):
     source: dict[str, Any]
     conditions: dict[str, DatasetCondition | DatasetLight] = {}
     """What belongs to each image besides the caption, by name."""
-    splits: Annotated[dict[str, DatasetSplit], AfterValidator(_both)]
+    splits: Annotated[dict[str, DatasetSplit], AfterValidator(_all_splits)]
     dropped: dict[str, PositiveInt]
     """Number of inputs that were dropped, by reason."""
     noted: dict[str, PositiveInt]
@@ -196,11 +200,16 @@ class LatentsManifest(Manifest):
     """Channels, height and width of a latent."""
     conditions: dict[str, CachedCondition] = {}
     """What a method may see besides the caption, by name."""
-    splits: Annotated[dict[str, list[Shard]], AfterValidator(_both)]
+    splits: Annotated[dict[str, list[Shard]], AfterValidator(_all_splits)]
 
     def num_rows(self, split: str) -> int:
-        """Number of images in a split."""
-        return sum(shard.num_rows for shard in self.splits[split])
+        """Number of images in a split; 0 if there is no such split."""
+        return sum(shard.num_rows for shard in self.splits.get(split, []))
+
+    @property
+    def reported_split(self) -> str:
+        """The split that `evaluate` measures on: test, on which nothing is decided, where there is one."""
+        return TEST if TEST in self.splits else "validation"
 
 
 def check_base_files(base: Path) -> None:

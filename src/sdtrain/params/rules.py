@@ -56,6 +56,15 @@ def _neighbors_need_features(p: View) -> str | None:
         )
 
 
+def _some_is_trained_on(p: View) -> str | None:
+    validation, test = p.dataset.validation_fraction, p.dataset.test_fraction
+    if validation + test >= 1:
+        return (
+            f"dataset.validation_fraction = {validation}, dataset.test_fraction = {test}: leave no image to train on; "
+            "their sum must be below 1"
+        )
+
+
 def _no_images(p: View) -> tuple[str, str] | None:
     if not p.validation.prompts and p.validation.num_held_out is None:
         if conditions_of(p):
@@ -235,8 +244,9 @@ def _captions_survive_the_flip(p: View) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
-    _hub_needs_repo("base"), _hub_needs_repo("dataset"), _features_need_repo, _neighbors_need_features,
-    _features_come_from("features_path", "local"), _features_come_from("features_repo", "hub"),
+    _hub_needs_repo("base"), _hub_needs_repo("dataset"), _some_is_trained_on, _features_need_repo,
+    _neighbors_need_features, _features_come_from("features_path", "local"),
+    _features_come_from("features_repo", "hub"),
     _features_come_from("features_revision", "hub"),
     source_reads_it("base.repo", "hub"), source_reads_it("base.revision", "hub"),
     source_reads_it("base.path", "local"),

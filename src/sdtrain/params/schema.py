@@ -87,8 +87,12 @@ class DatasetParams(Section):
     max_train_samples: PositiveInt | None
     """Stop at this many training images, taken in an order drawn from `seed`; null takes all."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the images held out, chosen by a hash of their pixels, so copies stay in one split; where an image has a
-    group, by a hash of that."""
+    """Share of the images held out to decide on, e.g. which checkpoint is the best. Chosen by a hash of their pixels,
+    so copies stay in one split; where an image has a group, by a hash of that."""
+    test_fraction: Annotated[float, Field(ge=0, lt=1)]
+    """Share of the images held out to report on: `evaluate` measures on them, and nothing is decided on them. Chosen
+    likewise; neither fraction takes images from the other, both take from those to train on. 0 is none: `evaluate` then
+    reports on the validation images."""
     alpha_background: Annotated[str, StringConstraints(pattern=r"^#[0-9a-fA-F]{6}$")]
     """All but `generated`: colour behind transparent images, `#rrggbb`."""
     num_workers: NonNegativeInt
@@ -317,14 +321,15 @@ class ValidationParams(Section):
     num_timesteps: PositiveInt
     """Timesteps at which each held-out image is noised, in the middle of as many equal bins."""
     max_samples: PositiveInt
-    """Held-out images used at each validation."""
+    """Validation images used each time."""
     batch_size: PositiveInt
     """Noised latents per UNet call. Changes speed and memory only."""
     prompts: list[Text]
     """Prompts whose images are drawn at each validation after step 0, with the same noise each time, for
     `plots/validation` and the trackers; may be empty."""
     num_held_out: PositiveInt | None
-    """Instead of prompts, for methods with conditions only: draw this many held-out images' captions and conditions."""
+    """Instead of prompts, for methods with conditions only: draw this many validation images' captions and
+    conditions."""
     num_inference_steps: PositiveInt
     """With images only: DPM-Solver++ steps of these images."""
     guidance_scale: Annotated[float, Field(ge=0)]
@@ -358,7 +363,7 @@ class SampleParams(Section):
     prompts: list[Text]
     """One row of the grids each; empty with `num_held_out`."""
     num_held_out: PositiveInt | None
-    """Instead of prompts, for methods with conditions only: one row for each of this many held-out images, with its
+    """Instead of prompts, for methods with conditions only: one row for each of this many validation images, with its
     caption and conditions."""
     negative_prompt: str
     """What guidance steers away from; usually empty, and must be empty without guidance."""
@@ -382,7 +387,7 @@ class EvaluateParams(Section):
     num_timesteps: PositiveInt
     """Timesteps at which each held-out image is noised, in the middle of as many equal bins."""
     max_samples: PositiveInt
-    """Held-out images used for the loss."""
+    """Held-out images used for the loss: of the test split, or without `dataset.test_fraction` of validation."""
     features: Literal["none", "local", "hub"]
     """Where the image encoder comes from by which drawn images are compared with real ones: a DINOv2, or a CLIP that
     isn't the base's own, which also scores images against captions. `none` leaves these metrics out, and of data that

@@ -93,6 +93,7 @@ class Run:
             "identity": self.spec.identity,
             "num_steps": self.spec.num_steps,
             "num_train": self.spec.num_train,
+            "num_validation": self.spec.cache.num_rows("validation"),
             "git_commit": self.commit,
             "resumed_from": self.spec.branch,
             "params": self.trained_with,

@@ -174,12 +174,12 @@ def measure(recipe: Recipe, metric: str) -> Measured:
 
 def held_against(a: Measured, b: Measured) -> Verdict:
     """A minus B, of which the word and the adjusted p-value aren't known yet."""
+    if a.asked is None or a.asked != b.asked:  # first, as more seeds wouldn't help
+        return Verdict("no verdict", "other images")
     if min(len(a.by_seed), len(b.by_seed)) < 2:
         return Verdict("no verdict", "one seed")
     if not (np.isfinite(a.by_seed).all() and np.isfinite(b.by_seed).all()):
         return Verdict("no verdict", "not finite")
-    if a.asked is None or a.asked != b.asked:
-        return Verdict("no verdict", "other images")
     if a.by_item.shape[1] < 2:
         return Verdict("can't tell", difference=welch_difference(a.by_seed, b.by_seed))
     return Verdict("can't tell", difference=recipe_difference(a.by_item, b.by_item), over_images=True)

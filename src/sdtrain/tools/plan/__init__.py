@@ -97,7 +97,8 @@ def _steps_lines(params: Params, images: Images, num_steps: int | None) -> Lines
     if images.num_train is None:
         counted, epochs = f"unknown ({images.origin})", f"epochs {until}"
     else:
-        counted = f"{images.num_train:,} to train on, {images.num_held_out:,} held out ({images.origin})"
+        test = f" for validation, {images.num_test:,} for test" if images.num_test else ""
+        counted = f"{images.num_train:,} to train on, {images.num_validation:,} held out{test} ({images.origin})"
         epochs = f"{num_steps * train.batch_size / max(1, images.num_train):.1f} epochs"
     if num_steps is None:
         steps = f"{train.max_epochs:,} epochs, steps of {train.batch_size} images {until} (train.max_epochs)"
@@ -110,8 +111,8 @@ def _steps_lines(params: Params, images: Images, num_steps: int | None) -> Lines
 def _validations(params: Params, images: Images, num_steps: int | None, conditions: tuple[str, ...]) -> str:
     every, most = params.validation.every_n_steps, params.validation.max_samples
     times = f"one every {every:,} steps" if num_steps is None else f"{math.ceil(num_steps / every) + 1:,}"
-    at_most, num_held_out = ("up to ", most) if images.num_held_out is None else ("", images.num_held_out)
-    num_latents = min(most, num_held_out) * params.validation.num_timesteps
+    at_most, num_images = ("up to ", most) if images.num_validation is None else ("", images.num_validation)
+    num_latents = min(most, num_images) * params.validation.num_timesteps
     kinds = "raw and EMA" if params.train.use_ema else "raw"
     swapped = " and ".join(f"another image's {name}" for name in ["caption", *conditions])
     return f"{times}, of {at_most}{num_latents:,} noised latents each, {kinds} weights, and again with {swapped}"

@@ -81,7 +81,7 @@ def latents_item(params: Params, base: Base, images: Images, latent_shape: tuple
     row = f"{row_bytes / 2**10:.1f} KiB per image: {', '.join(parts)}"
     if images.num_all is None:
         return Item("latents", None, row)
-    probe_bytes = min(NUM_PROBES, images.num_held_out) * 3 * 4 * params.precompute.resolution**2
+    probe_bytes = min(NUM_PROBES, images.num_validation) * 3 * 4 * params.precompute.resolution**2
     return Item("latents", images.num_all * row_bytes + probe_bytes, row, is_there=is_made)
 
 

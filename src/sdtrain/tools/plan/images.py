@@ -11,10 +11,9 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 from sdtrain.data.conditions import CONDITIONS
-from sdtrain.data.shards import SPLITS
 from sdtrain.data.sources import draw_scene, file_patterns
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.manifests import DatasetManifest, LatentsManifest
+from sdtrain.ground.manifests import SPLITS, TEST, DatasetManifest, LatentsManifest
 from sdtrain.params.schema import DatasetParams
 from sdtrain.tools.plan.base import TIMEOUT_S, asking_hub
 from sdtrain.tools.plan.made import Made
@@ -31,15 +30,16 @@ class Images:
     """How many images there will be, and the bytes of data/dataset; None is unknown."""
 
     num_train: int | None
-    num_held_out: int | None
+    num_validation: int | None
+    num_test: int | None
     origin: str
     num_bytes: int | None
     bytes_origin: str
 
     @property
     def num_all(self) -> int | None:
-        """Both splits."""
-        return None if self.num_train is None else self.num_train + self.num_held_out
+        """All splits."""
+        return None if self.num_train is None else self.num_train + self.num_validation + self.num_test
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def count_images(params: DatasetParams, seed: int, latents: Path, dataset: Path,
     """Count the images in the latent cache or data set, or else estimate them from the source."""
     if made.dataset:
         splits = DatasetManifest.read(dataset).splits
-        counts, origin = [splits[name].num_rows for name in SPLITS], f"counted in {dataset}"
+        counts = [splits[name].num_rows if name in splits else 0 for name in (*SPLITS, TEST)]
+        origin = f"counted in {dataset}"
         num_bytes, bytes_origin = folder_bytes(dataset), origin
     else:
         found = ask_source(params, seed)
@@ -63,19 +64,21 @@ def count_images(params: DatasetParams, seed: int, latents: Path, dataset: Path,
         num_bytes, bytes_origin = _share_of_bytes(found, counts), found.origin
     if made.latents:
         manifest = LatentsManifest.read(latents)
-        counts, origin = [manifest.num_rows(name) for name in SPLITS], f"counted in {latents}"
+        counts, origin = [manifest.num_rows(name) for name in (*SPLITS, TEST)], f"counted in {latents}"
     return Images(*counts, origin, num_bytes, bytes_origin)
 
 
 def split_counts(params: DatasetParams, num_images: int | None) -> list[int | None]:
-    """Estimate how many of a source's images are trained on and held out, if none is dropped."""
+    """Estimate how many of a source's images are trained on, for validation, and for test, if none is dropped."""
     if num_images is None:
-        return [None, None]
-    held_out, limit = round(num_images * params.validation_fraction), params.max_train_samples
-    train = num_images - held_out
+        return [None, None, None]
+    fractions, limit = (params.validation_fraction, params.test_fraction), params.max_train_samples
+    held_out = [round(num_images * fraction) for fraction in fractions]
+    train = num_images - sum(held_out)
     if limit is not None and limit < train:  # reading stops there, for held-out images too
-        return [limit, round(limit / (1 - params.validation_fraction) * params.validation_fraction)]
-    return [train, held_out]
+        num_read = limit / (1 - sum(fractions))
+        return [limit, *(round(num_read * fraction) for fraction in fractions)]
+    return [train, *held_out]
 
 
 def _share_of_bytes(found: Found, counts: list[int | None]) -> int | None:

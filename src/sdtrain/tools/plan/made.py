@@ -32,8 +32,8 @@ class Made:
 def find_made(params: Params, files: TrainFiles, dataset: Path) -> Made:
     """Compare each folder's manifest with the params.
 
-    A manifest records where a data set came from, not how it was split, so a change of `dataset.validation_fraction` or
-    `dataset.max_train_samples` isn't noticed until DVC has rerun the stage.
+    A manifest records where a data set came from, not how it was split, so a change of `dataset.validation_fraction`,
+    `dataset.test_fraction` or `dataset.max_train_samples` isn't noticed until DVC has rerun the stage.
     """
     stale: list[str] = []
     base = _is_made(files.base, stale, lambda: _check_base(params.base, files.base))
