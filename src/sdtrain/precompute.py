@@ -26,6 +26,7 @@ from sdtrain.data.images import decode_rgb, draw_crop, square_pixels
 from sdtrain.data.shards import NUM_PROBES, PROBE, SPLITS, read_dataset
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, sha256_file, sha256_json, write_json
+from sdtrain.ground.headers import add_metadata
 from sdtrain.ground.manifests import (
     CachedCondition,
     DatasetManifest,
@@ -92,7 +93,8 @@ def precompute_latents(
                 lists = {"ids": [row["id"] for row in shard]}
                 if split == "validation":
                     lists["captions"] = captions
-                save_file(tensors, folder / name, metadata={key: json.dumps(values) for key, values in lists.items()})
+                save_file(tensors, folder / name)
+                add_metadata(folder / name, {key: json.dumps(values) for key, values in lists.items()})
                 splits[split].append(Shard(file=name, num_rows=len(shard), sha256=sha256_file(folder / name)))
                 if split == "validation" and len(splits[split]) == 1:
                     pixels = _pixels(params, seed, shard[:NUM_PROBES])
