@@ -14,6 +14,7 @@ from sdtrain.data import scenes
 from sdtrain.data.edges import canny_edges
 from sdtrain.data.images import square_pixels
 from sdtrain.ground import randomness
+from sdtrain.ground.processes import ALONE, Processes
 from sdtrain.ground.statistics import bootstrap_interval, wilson_interval
 from sdtrain.ground.values import Values
 from sdtrain.models.pipelines import Conditions, drawn_px, generate
@@ -54,7 +55,12 @@ class Question:
 
 
 def prompt_accuracy(
-    params: EvaluateParams, seed: int, pipelines: dict[str, DiffusionPipeline], world: World, values: Values
+    params: EvaluateParams,
+    seed: int,
+    pipelines: dict[str, DiffusionPipeline],
+    world: World,
+    values: Values,
+    processes: Processes = ALONE,
 ) -> list[dict]:
     """Share of images that show what the prompt says, by attribute; with hints also hint accuracy, `hint`.
 
@@ -81,6 +87,7 @@ def prompt_accuracy(
                 num_inference_steps=params.num_inference_steps,
                 guidance_scale=params.guidance_scale,
                 batch_size=params.batch_size,
+                processes=processes,
             )
             for attribute, found in _measured(kind, world, questions, images):
                 numbers = list(found)
