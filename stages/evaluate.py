@@ -2,13 +2,17 @@
 
 from sdtrain.evaluate import EvaluateFiles, evaluate_model
 from sdtrain.ground.gpus import lease_gpus
+from sdtrain.ground.processes import joined
 from sdtrain.params.load import load_params
+from sdtrain.params.machine import launch_numbers
 from stages import paths, run
+from stages.launch import launch
 
 
 def main() -> None:
     params = load_params(paths.PARAMS)
-    lease_gpus()
+    lease_gpus(launch_numbers()[0])
+    launch("stages.evaluate", one_machine=True)
     files = EvaluateFiles(
         base=paths.BASE,
         checkpoints=paths.CHECKPOINTS,
@@ -24,7 +28,8 @@ def main() -> None:
         relighting_table=paths.RELIGHTING_TABLE,
         pictures=paths.EVALUATION,
     )
-    evaluate_model(params.evaluate, params.method, params.seed, files)
+    with joined() as processes:
+        evaluate_model(params.evaluate, params.method, params.seed, files, processes)
 
 
 if __name__ == "__main__":

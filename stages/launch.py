@@ -7,19 +7,23 @@ from sdtrain.ground.errors import InputError
 from sdtrain.params.machine import launch_numbers
 
 
-def launch(module: str) -> None:
+def launch(module: str, one_machine: bool = False) -> None:
     """Restart this stage under torchrun if `NPROC` or `NNODES` ask for more than one process.
 
     `NPROC` is the number of processes on this machine, `NNODES` the number of machines. Each machine runs the
     same command with its own `NODE_RANK`, and with the first one's `MASTER_ADDR` and `MASTER_PORT`.
 
+    Args:
+        one_machine: leave `NNODES` aside: the stage works on this machine alone, whatever `train` does.
+
     Raises:
         InputError: one of these is missing, or isn't a number.
     """
     num_processes, num_nodes = launch_numbers()
+    num_nodes = 1 if one_machine else num_nodes
     if num_processes * num_nodes == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         return
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"]
+    command = [sys.executable, "-m", "stages.torchrun", f"--nproc-per-node={num_processes}"]
     if num_nodes == 1:
         command.append("--standalone")
     else:

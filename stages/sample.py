@@ -1,14 +1,18 @@
 """Draw images of base, trained model and checkpoints to compare: data/samples."""
 
 from sdtrain.ground.gpus import lease_gpus
+from sdtrain.ground.processes import joined
 from sdtrain.params.load import load_params
+from sdtrain.params.machine import launch_numbers
 from sdtrain.sample import SampleFiles, draw_samples
 from stages import paths, run
+from stages.launch import launch
 
 
 def main() -> None:
     params = load_params(paths.PARAMS)
-    lease_gpus()
+    lease_gpus(launch_numbers()[0])
+    launch("stages.sample", one_machine=True)
     files = SampleFiles(
         base=paths.BASE,
         checkpoints=paths.CHECKPOINTS,
@@ -17,7 +21,8 @@ def main() -> None:
         latents=paths.LATENTS,
         out=paths.SAMPLES,
     )
-    draw_samples(params.sample, params.seed, files)
+    with joined() as processes:
+        draw_samples(params.sample, params.seed, files, processes)
 
 
 if __name__ == "__main__":

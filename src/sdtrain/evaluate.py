@@ -15,11 +15,12 @@ from sdtrain.evaluation.held_out import HeldOut
 from sdtrain.evaluation.image_comparison import compare_images
 from sdtrain.evaluation.loss_metrics import Denoiser, loss_metrics
 from sdtrain.evaluation.memorization import memorization_metrics
-from sdtrain.evaluation.pictures import write_worst
+from sdtrain.evaluation.pictures import write_neighbors, write_worst
 from sdtrain.evaluation.prompt_accuracy import World, prompt_accuracy
 from sdtrain.evaluation.relighting import relighting_accuracy
 from sdtrain.ground.files import new_folder, read_json, write_json, write_text
 from sdtrain.ground.manifests import DatasetManifest, LatentsManifest, encoders_fingerprint
+from sdtrain.ground.processes import ALONE, Processes
 from sdtrain.ground.values import Values
 from sdtrain.methods import build_method, first_parts
 from sdtrain.methods.checkpoints import is_checkpoint, load_checkpoint, read_checkpoint
@@ -56,11 +57,14 @@ class EvaluateFiles:
     """Images to look at: `evaluation/pictures.py` describes them."""
 
 
-def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: EvaluateFiles) -> None:
+def evaluate_model(
+    params: EvaluateParams, method: Section, seed: int, files: EvaluateFiles, processes: Processes = ALONE
+) -> None:
     """Compare a model with its base.
 
     Args:
         method: the section of params.yaml that the model was trained with.
+        processes: who share the work; the main one writes.
     """
     base = files.base
     pipelines = {"base": load_base_pipeline(base), "trained": load_model(files.model, base)}
@@ -70,12 +74,12 @@ def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: Ev
     world, accuracies, relit, values, images = _world(data, shards.manifest), [], [], Values(), DrawnImages()
     # Before a method changes the pipelines' parts.
     if data.is_lit:
-        relit = relighting_accuracy(params, seed, pipelines, data.world == "lit_by_map", values, images)
+        relit = relighting_accuracy(params, seed, pipelines, data.world == "lit_by_map", values, images, processes)
     elif world:
-        accuracies = prompt_accuracy(params, seed, pipelines, world, values, images)
+        accuracies = prompt_accuracy(params, seed, pipelines, world, values, images, processes)
     elif params.features != "none":
-        draw_held_out(params, seed, pipelines, shards, files.dataset, images)
-    models, pipeline = _denoisers(method, pipelines, base, shards.manifest), pipelines["base"]
+        draw_held_out(params, seed, pipelines, shards, files.dataset, images, processes)
+    models, pipeline = _denoisers(method, pipelines, base, shards.manifest, processes), pipelines["base"]
     ask = partial(
         HeldOut,
         scaling_factor=pipeline.vae.config.scaling_factor,
@@ -85,7 +89,7 @@ def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: Ev
     )
     held_out = ask(shards, max_samples=params.max_samples)
     seen = ask(LatentShards(files.latents, "train", encoders_fingerprint(base)), max_samples=held_out.num_samples)
-    checkpoints = _checkpoints(files, models)
+    checkpoints = _checkpoints(files, models, processes)
     numbers, losses = loss_metrics(params, seed, models, checkpoints, held_out, pipeline.tokenizer, values)
     numbers |= memorization_metrics(models, held_out, losses, seen, pipeline.tokenizer, values)
     table = pd.DataFrame({"timestep": held_out.timesteps, **{name: losses[name].mean(axis=0) for name in models}})
@@ -93,10 +97,13 @@ def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: Ev
     numbers |= _relighting_numbers(relit)
     if accuracies or relit:
         numbers["num_prompts"] = params.num_prompts
+    compared = compare_images(params, seed, files.features, images, seen.shards, files.dataset, values, processes)
+    if not processes.is_main:
+        return
     with new_folder(files.pictures) as folder:
         of_images = {name: found.mean(axis=1) for name, found in losses.items()}
         write_worst(folder, shards, files.dataset, held_out.ids, held_out.captions(pipeline.tokenizer), of_images)
-        image_sets = compare_images(params, seed, files.features, images, seen.shards, files.dataset, values, folder)
+        write_neighbors(folder, compared, images, seen.shards, files.dataset)
     for path, rows, first in (
         (files.accuracy_table, accuracies, ["prompts", "attribute", "model", "accuracy"]),
         (files.relighting_table, relit, ["metric", "model", "value"]),
@@ -106,9 +113,9 @@ def evaluate_model(params: EvaluateParams, method: Section, seed: int, files: Ev
     write_text(files.loss_table, table.to_csv(index=False, lineterminator="\n"))
     values.write(files.values)
     write_json(files.metrics, numbers)
-    write_json(files.image_sets, image_sets)
+    write_json(files.image_sets, compared.numbers)
     print(f"held-out images: {held_out.num_samples} of the {split} split")
-    for name, value in (numbers | image_sets).items():
+    for name, value in (numbers | compared.numbers).items():
         print(f"{name:50} {value:.5g}")
 
 
@@ -131,7 +138,11 @@ def _world(dataset: DatasetManifest, latents: LatentsManifest) -> World | None:
 
 
 def _denoisers(
-    params: Section, pipelines: dict[str, DiffusionPipeline], base: Path, latents: LatentsManifest
+    params: Section,
+    pipelines: dict[str, DiffusionPipeline],
+    base: Path,
+    latents: LatentsManifest,
+    processes: Processes,
 ) -> dict[str, Denoiser]:
     """The method around each pipeline's parts; the base counts as the method before its first step."""
     built = {}
@@ -141,12 +152,14 @@ def _denoisers(
             parts.others |= load_others(base, first_parts(params, base))
             parts.set_resolution(latents.params["resolution"])
         method = build_method(params, parts)
-        built[name] = Denoiser(method, parts.scheduler, (*parts.modules(), method.trained))
+        built[name] = Denoiser(method, parts.scheduler, (*parts.modules(), method.trained), processes)
         built[name].to(pipeline.device)
     return built
 
 
-def _checkpoints(files: EvaluateFiles, models: dict[str, Denoiser]) -> Iterator[tuple[list[str], Denoiser]]:
+def _checkpoints(
+    files: EvaluateFiles, models: dict[str, Denoiser], processes: Processes
+) -> Iterator[tuple[list[str], Denoiser]]:
     """All kept checkpoints' weights with their names, e.g. `best_ema`, one at a time, in the place of the base.
 
     What has several names, because the last step was the best, comes once; as the trained model itself if that has just
@@ -175,6 +188,6 @@ def _checkpoints(files: EvaluateFiles, models: dict[str, Denoiser]) -> Iterator[
             method.pipeline(scheduler).to(device)
         else:
             method.load(checkpoint / weights)
-        yield same, Denoiser(method, scheduler, (method.trained,))
+        yield same, Denoiser(method, scheduler, (method.trained,), processes)
     del method
     models["base"].to(device)

@@ -10,6 +10,8 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from sdtrain.data.images import decode_rgb, draw_crop, square_pixels
 from sdtrain.data.shards import NUM_PROBES, PROBE, read_dataset
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, sha256_file, sha256_json, write_json
+from sdtrain.ground.headers import add_metadata
 from sdtrain.ground.manifests import (
     CachedCondition,
     DatasetManifest,
@@ -33,6 +36,7 @@ from sdtrain.ground.manifests import (
     Shard,
     encoders_fingerprint,
 )
+from sdtrain.ground.processes import ALONE, Processes
 from sdtrain.models.parts import load_tokenizer, load_vae, pick_device, tokenize, vae_factor
 from sdtrain.params.schema import PrecomputeParams
 
@@ -43,9 +47,18 @@ _DTYPES = {"pixels": np.uint8, "latents": np.float16, "mask": np.float16, "light
 
 
 def precompute_latents(
-    params: PrecomputeParams, seed: int, base: Path, dataset: Path, out: Path, metrics: Path
+    params: PrecomputeParams,
+    seed: int,
+    base: Path,
+    dataset: Path,
+    out: Path,
+    metrics: Path,
+    processes: Processes = ALONE,
 ) -> None:
     """Encode `dataset` with the VAE and tokenizer of `base` into `out`; counts and statistics to `metrics`.
+
+    Args:
+        processes: who share the encoding; the main one writes.
 
     Raises:
         InputError: the resolution isn't a multiple of the VAE's factor, no foreground has the alpha that masks are to
@@ -69,14 +82,18 @@ def precompute_latents(
     counts |= {"num_uncut_foregrounds": 0} if "foreground" in conditions else {}
     statistics = _Statistics(vae.config.scaling_factor)
     splits: dict[str, list[Shard]] = {}
-    with new_folder(out) as folder:
+    with new_folder(out) if processes.is_main else nullcontext() as folder:
         for split in manifest.splits:
             rows, splits[split] = read_dataset(dataset, split), []
             progress = tqdm(
                 total=manifest.splits[split].num_rows, desc=f"precompute {split}", unit="image", disable=None
             )
             while shard := list(islice(rows, _num_shard_rows(params, conditions))):
-                tensors, num_blank = _encode_shard(params, seed, shard, manifest, conditions, vae, device, progress)
+                tensors, num_blank = _encode_shard(
+                    params, seed, shard, manifest, conditions, vae, device, progress, processes
+                )
+                if not processes.is_main:
+                    continue
                 for name in conditions:
                     counts[f"num_blank_{name}s"] += num_blank[name]
                 if "foreground" in conditions:
@@ -92,12 +109,15 @@ def precompute_latents(
                 lists = {"ids": [row["id"] for row in shard]}
                 if split != "train":
                     lists["captions"] = captions
-                save_file(tensors, folder / name, metadata={key: json.dumps(values) for key, values in lists.items()})
+                save_file(tensors, folder / name)
+                add_metadata(folder / name, {key: json.dumps(values) for key, values in lists.items()})
                 splits[split].append(Shard(file=name, num_rows=len(shard), sha256=sha256_file(folder / name)))
                 if split == "validation" and len(splits[split]) == 1:
                     pixels = _pixels(params, seed, shard[:NUM_PROBES])
                     save_file({"pixels": torch.from_numpy(pixels).contiguous()}, folder / PROBE)
             progress.close()
+        if not processes.is_main:
+            return
         inputs = {"encoders": fingerprint, "dataset": manifest.fingerprint, "seed": seed}
         settings = params.model_dump(exclude={"batch_size"})
         LatentsManifest(
@@ -192,38 +212,57 @@ def _encode_shard(
     vae,
     device,
     progress: tqdm,
+    processes: Processes,
 ) -> tuple[dict[str, Tensor], Counter[str]]:
     """The rows' columns but for the captions'; and how many of each condition are blank, and of foregrounds `uncut`,
-    which have no grey at all. A batch's pixels at a time."""
-    parts: dict[str, list[Tensor]] = {}
-    seen, num_blank = {}, Counter()
-    for name, condition in conditions.items():
-        for suffix in ("", "_flipped")[: 2 if condition.kind == "latents" and params.random_flip else 1]:
-            seen[name + suffix] = np.empty((len(rows), *condition.shape), dtype=_DTYPES[condition.kind])
-    for first in range(0, len(rows), params.batch_size):
-        batch = rows[first : first + params.batch_size]
-        images = _pixels(params, seed, batch)
-        for suffix, posterior in _posteriors(params, vae, device, images):
-            for name, values in (("mean", posterior.mean), ("logvar", posterior.logvar)):
-                parts.setdefault(name + suffix, []).append(_stored(values, name, batch))
-        found = [_row_conditions(params, seed, row, image, dataset) for row, image in zip(batch, images, strict=True)]
-        places = slice(first, first + len(batch))
-        for name, condition in conditions.items():
-            values = np.stack([row[name] for row in found])
-            blank = values == CONDITIONS[name].blank
-            num_blank[name] += int(blank.reshape(len(batch), -1).all(axis=1).sum())
-            if name == "foreground":
-                num_blank["uncut"] += int((~blank.reshape(len(batch), -1).any(axis=1)).sum())
-            if condition.kind == "latents":
-                for suffix, posterior in _posteriors(params, vae, device, values):
-                    seen[name + suffix][places] = _stored(posterior.mode(), f"mean of the {name}", batch)
-            elif condition.kind == "mask":
-                seen[name][places] = [area_mean(mask, params.resolution // condition.shape[-1]) for mask in values]
-            else:
-                seen[name][places] = values
+    which have no grey at all. Only the main process puts them together, others get nothing. A round of batches at a
+    time."""
+    encode = partial(_encode_batch, params, seed, dataset, conditions, vae, device)
+    columns: dict[str, Tensor] = {}
+    num_done, num_blank = 0, Counter()
+    batches = [rows[first : first + params.batch_size] for first in range(0, len(rows), params.batch_size)]
+    for batch, (encoded, blank) in zip(batches, processes.map(encode, batches), strict=True):
+        if not processes.is_main:
+            continue
+        for name, values in encoded.items():
+            if name not in columns:
+                columns[name] = torch.empty((len(rows), *values.shape[1:]), dtype=values.dtype)
+            columns[name][num_done : num_done + len(batch)] = values
+        num_done, num_blank = num_done + len(batch), num_blank + blank
         progress.update(len(batch))
-    encoded = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
-    return encoded | {name: torch.from_numpy(values) for name, values in seen.items()}, num_blank
+    return columns, num_blank
+
+
+def _encode_batch(
+    params: PrecomputeParams,
+    seed: int,
+    dataset: DatasetManifest,
+    conditions: dict[str, CachedCondition],
+    vae,
+    device,
+    batch: list[dict],
+) -> tuple[dict[str, Tensor], Counter[str]]:
+    """As `_encode_shard`, of a batch."""
+    columns, num_blank = {}, Counter()
+    images = _pixels(params, seed, batch)
+    for suffix, posterior in _posteriors(params, vae, device, images):
+        for name, values in (("mean", posterior.mean), ("logvar", posterior.logvar)):
+            columns[name + suffix] = _stored(values, name, batch)
+    found = [_row_conditions(params, seed, row, image, dataset) for row, image in zip(batch, images, strict=True)]
+    for name, condition in conditions.items():
+        values = np.stack([row[name] for row in found])
+        blank = values == CONDITIONS[name].blank
+        num_blank[name] += int(blank.reshape(len(batch), -1).all(axis=1).sum())
+        if name == "foreground":
+            num_blank["uncut"] += int((~blank.reshape(len(batch), -1).any(axis=1)).sum())
+        if condition.kind == "latents":
+            for suffix, posterior in _posteriors(params, vae, device, values):
+                columns[name + suffix] = _stored(posterior.mode(), f"mean of the {name}", batch)
+            continue
+        if condition.kind == "mask":
+            values = np.stack([area_mean(mask, params.resolution // condition.shape[-1]) for mask in values])
+        columns[name] = torch.from_numpy(values.astype(_DTYPES[condition.kind]))
+    return columns, num_blank
 
 
 def _posteriors(params: PrecomputeParams, vae, device, pixels: np.ndarray) -> Iterator[tuple[str, object]]:

@@ -1,5 +1,6 @@
 """Images to compare: what base, trained model and further checkpoints draw with the same prompts and the same noise."""
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from sdtrain.ground.files import new_folder, read_json
 from sdtrain.ground.grid import Columns, draw_grid
 from sdtrain.ground.light import linear_to_srgb
 from sdtrain.ground.manifests import DatasetManifest, encoders_fingerprint
+from sdtrain.ground.processes import ALONE, Processes
 from sdtrain.ground.samples import GRID, IMAGES, DrawnImage, GivenImage, Samples, scale_text
 from sdtrain.methods.checkpoints import is_checkpoint, load_checkpoint
 from sdtrain.models.parts import pick_device
@@ -46,11 +48,14 @@ class SampleFiles:
     """`ground/samples.py` describes it."""
 
 
-def draw_samples(params: SampleParams, seed: int, files: SampleFiles) -> None:
+def draw_samples(params: SampleParams, seed: int, files: SampleFiles, processes: Processes = ALONE) -> None:
     """Draw images of all models at all guidance scales, each by itself and in grids with a row per prompt.
 
     With `num_held_out`, a row per held-out image: its conditions, which the trained model sees, stand first. Of the lit
     world, a row per scene under four lights, the trained model's image beside the truth.
+
+    Args:
+        processes: who share the drawing; the main one writes.
 
     Raises:
         InputError: a checkpoint isn't there, or a model was trained on another base.
@@ -60,12 +65,15 @@ def draw_samples(params: SampleParams, seed: int, files: SampleFiles) -> None:
     models = _models(trained, chosen, files.base)
     data = DatasetManifest.read(files.dataset)
     if params.num_held_out is None:
-        pictures = _prompted(params, seed, models)
+        pictures = _prompted(params, seed, models, processes)
     elif data.is_lit:
-        pictures = _relit(params, seed, models, by_map=data.world == "lit_by_map")
+        pictures = _relit(params, seed, models, data.world == "lit_by_map", processes)
     else:
         shards = LatentShards(files.latents, "validation", encoders_fingerprint(files.base))
-        pictures = _held_out(params, seed, models, trained, shards)
+        pictures = _held_out(params, seed, models, trained, shards, processes)
+    if not processes.is_main:
+        deque(pictures, maxlen=0)
+        return
     with new_folder(files.out) as folder:
         (folder / IMAGES).mkdir()
         found = []
@@ -114,13 +122,18 @@ def _models(trained: DiffusionPipeline, checkpoints: dict[str, Path], base: Path
         pipeline.to("cpu")
 
 
-def _prompted(params: SampleParams, seed: int, models: Models) -> Pictures:
+def _prompted(params: SampleParams, seed: int, models: Models, processes: Processes) -> Pictures:
     for name, pipeline in models:
-        yield from _draw(params, seed, name, pipeline, params.prompts, [None] * len(params.prompts), {})
+        yield from _draw(params, seed, name, pipeline, params.prompts, [None] * len(params.prompts), {}, processes)
 
 
 def _held_out(
-    params: SampleParams, seed: int, models: Models, trained: DiffusionPipeline, shards: LatentShards
+    params: SampleParams,
+    seed: int,
+    models: Models,
+    trained: DiffusionPipeline,
+    shards: LatentShards,
+    processes: Processes,
 ) -> Pictures:
     """Held-out images' conditions, of a relit object the held-out image itself, and what models draw under captions."""
     seen = [name for name in shards.manifest.conditions if name in seen_by(trained)]
@@ -133,15 +146,16 @@ def _held_out(
             yield _given(name, row, text, item), _shown(name, value, trained)
     for name, pipeline in models:
         takes = {key: values for key, values in conditions.items() if key in seen_by(pipeline)}
-        yield from _draw(params, seed, name, pipeline, captions, items, takes)
+        yield from _draw(params, seed, name, pipeline, captions, items, takes, processes)
 
 
-def _relit(params: SampleParams, seed: int, models: Models, by_map: bool) -> Pictures:
+def _relit(params: SampleParams, seed: int, models: Models, by_map: bool, processes: Processes) -> Pictures:
     """Scenes of the lit world that are in no data set."""
     questions = lit_questions(seed, params.num_held_out)
     texts = [lit_scenes.caption(question.example.lit, None) for question in questions]
     items = [f"scene {row:04}" for row in range(len(questions))]
     settings = params.model_dump(include={"num_inference_steps", "batch_size", "negative_prompt"})
+    settings["processes"] = processes
     for row, (question, text, item) in enumerate(zip(questions, texts, items, strict=True)):
         yield _given("foreground", row, text, item), question.foreground
     for name, pipeline in models:
@@ -176,6 +190,7 @@ def _draw(
     texts: list[str],
     items: list[str | None],
     conditions: Conditions,
+    processes: Processes,
 ) -> Pictures:
     """One model's images at every guidance scale."""
     num = params.images_per_prompt
@@ -189,6 +204,7 @@ def _draw(
             num_inference_steps=params.num_inference_steps,
             guidance_scale=scale,
             batch_size=params.batch_size,
+            processes=processes,
         )
         for place, image in enumerate(images):
             row = place // num

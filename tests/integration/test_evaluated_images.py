@@ -1,7 +1,5 @@
 """What `evaluate` draws and shows: sets beside real images, worst held-out images, nearest neighbours."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image, ImageChops
@@ -11,6 +9,7 @@ from sdtrain.data.shards import LatentShards
 from sdtrain.evaluation import image_comparison as module
 from sdtrain.evaluation.drawn_images import DrawnImages, cropped_images
 from sdtrain.evaluation.image_comparison import compare_images
+from sdtrain.evaluation.pictures import write_neighbors
 from sdtrain.export import export_model
 from sdtrain.features import resolve_features
 from sdtrain.ground.files import read_json
@@ -90,12 +89,13 @@ def test_without_an_encoder_nothing_is_drawn_of_own_images(photographs, photogra
 # ---------------------------------------------------------------- of drawn images, without drawing them
 
 
-def compared(workspace, images: DrawnImages, out, **changes) -> tuple[dict, dict]:
+def compared_with_training_images(workspace, images: DrawnImages, out, **changes) -> tuple[dict, dict]:
     params = workspace.make_params(evaluate=changes).evaluate
     out.mkdir(parents=True)
     train = shards_of(workspace, "train")
-    numbers = compare_images(params, 0, workspace.features, images, train, workspace.dataset, Values(), out)
-    return numbers, json.loads((out / "neighbors.json").read_text())
+    compared = compare_images(params, 0, workspace.features, images, train, workspace.dataset, Values())
+    write_neighbors(out, compared, images, train, workspace.dataset)
+    return compared.numbers, read_json(out / "neighbors.json")
 
 
 def scene_images(seed: int, num: int) -> tuple[list[str], list[Image.Image]]:
@@ -114,7 +114,7 @@ def test_a_model_that_copies_is_told_and_its_copies_are_shown(workspace, tmp_pat
     images.add(
         [str(number) for number in range(24)], captions, real, {"base": scene_images(2, 24)[1], "trained": copies}
     )
-    numbers, found = compared(workspace, images, tmp_path / "out")
+    numbers, found = compared_with_training_images(workspace, images, tmp_path / "out")
     assert numbers["near_copy_share_builtin_clip_trained"] == 1
     assert numbers["near_copy_share_builtin_clip_base"] < 0.5
     assert "WARNING: the model copies: 100 % of what it draws" in capsys.readouterr().err
@@ -133,7 +133,7 @@ def test_neighbours_can_be_left_out(workspace, tmp_path, monkeypatch):
     images = DrawnImages()
     images.add([str(number) for number in range(24)], captions, real, {"base": real, "trained": real})
     monkeypatch.setattr(module, "nearest_neighbors", lambda *_: pytest.fail("compared"))
-    numbers, found = compared(workspace, images, tmp_path / "out", nearest_neighbors=False)
+    numbers, found = compared_with_training_images(workspace, images, tmp_path / "out", nearest_neighbors=False)
     assert found["pairs"] == []
     assert [name for name in numbers if "copy" in name] == []
     assert "mmd_rbf_builtin_clip_trained" in numbers
@@ -144,6 +144,6 @@ def test_wrong_captions_score_lower(workspace, tmp_path):
     images = DrawnImages()
     other = scene_images(3, 24)[1]
     images.add([str(number) for number in range(24)], captions, real, {"base": other, "trained": real})
-    numbers, _ = compared(workspace, images, tmp_path / "out", nearest_neighbors=False)
+    numbers, _ = compared_with_training_images(workspace, images, tmp_path / "out", nearest_neighbors=False)
     assert numbers["clip_score_builtin_clip_trained"] == numbers["clip_score_builtin_clip_real"]
     assert numbers["clip_score_builtin_clip_trained"] > numbers["clip_score_builtin_clip_base"] + 10

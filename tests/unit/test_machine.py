@@ -214,18 +214,11 @@ def test_checking_the_shipped_params_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment).returncode == 0
 
 
-@pytest.mark.parametrize(("num_visible", "refused"), [(4, False), (2, True)])
-def test_a_stage_that_leases_one_gpu_counts_all_for_the_processes_of_training(
-    make_params, machine, monkeypatch, tmp_path, num_visible, refused
-):
-    """CUDA then shows the leased one alone."""
-    machine(num_gpus=1, NPROC="4")
-    monkeypatch.setattr(lease, "visible_gpus", lambda: [object()] * num_visible)
-    monkeypatch.setattr(lease, "lease_gpus", lambda num: None)
+def test_every_process_of_this_machine_gets_a_gpu_before_cuda_is_asked(make_params, machine, monkeypatch, tmp_path):
+    """And CUDA then shows the leased ones alone."""
+    machine(num_gpus=8, NPROC="4", NNODES="2")
+    monkeypatch.setattr(lease, "lease_gpus", lambda num: machine(num_gpus=num, NPROC="4", NNODES="2"))
     path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(shrunk_tree(train={"batch_size": 8, "micro_batch_size": 2})))
-    if refused:
-        with pytest.raises(InputError, match="NPROC = 4: each process needs its own CUDA GPU, and this machine has 2"):
-            lease.load_params_and_lease(path, num_gpus=1)
-    else:
-        assert lease.load_params_and_lease(path, num_gpus=1).train.batch_size == 8
+    path.write_text(yaml.safe_dump(shrunk_tree(train={"batch_size": 8, "micro_batch_size": 1})))
+    lease.load_params_and_lease(path)
+    assert torch.cuda.device_count() == 4

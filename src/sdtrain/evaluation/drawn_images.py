@@ -9,6 +9,8 @@ from PIL import Image
 
 from sdtrain.data.images import crop_image, decode_rgb, draw_crop
 from sdtrain.data.shards import LatentShards, held_out_pictures, read_dataset
+from sdtrain.ground.manifests import LatentsManifest
+from sdtrain.ground.processes import ALONE, Processes
 from sdtrain.models.pipelines import generate, seen_by
 from sdtrain.params.schema import EvaluateParams
 
@@ -48,6 +50,7 @@ def draw_held_out(
     shards: LatentShards,
     dataset: Path,
     images: DrawnImages,
+    processes: Processes = ALONE,
 ) -> None:
     """Add what the models draw under held-out captions and conditions, an image for each, and the held-out images.
 
@@ -70,6 +73,7 @@ def draw_held_out(
             num_inference_steps=params.num_inference_steps,
             guidance_scale=params.guidance_scale,
             batch_size=params.batch_size,
+            processes=processes,
         )
         for model, pipeline in pipelines.items()
     }
@@ -85,9 +89,13 @@ def cropped_images(
         dataset: the folder `data/dataset`.
         ids: those wanted; None is all.
     """
-    params, seed = shards.manifest.params, shards.manifest.seed
     for row in read_dataset(dataset, shards.split):
         if ids is None or row["id"] in ids:
-            image = decode_rgb(row["image"])
-            crop = draw_crop(image.size, params["resolution"], params["center_crop"], seed, row["id"])
-            yield row["id"], crop_image(image, crop)
+            yield row["id"], cropped(row, shards.manifest)
+
+
+def cropped(row: dict, latents: LatentsManifest) -> Image.Image:
+    """The image of a data set's row, RGB, as it was cropped for the cache."""
+    image, params = decode_rgb(row["image"]), latents.params
+    crop = draw_crop(image.size, params["resolution"], params["center_crop"], latents.seed, row["id"])
+    return crop_image(image, crop)

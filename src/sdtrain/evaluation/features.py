@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, CLIPModel, Dino
 
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json, sha256_file, sha256_json
+from sdtrain.ground.processes import ALONE, Processes
 from sdtrain.models.parts import hide_progress_bars
 
 _ENCODERS = {"dinov2": Dinov2Model, "clip": CLIPModel}
@@ -28,13 +29,17 @@ class ImageFeatures:
         """Whether it embeds captions, too: `clip_score.load_caption_features`."""
         self._model, self._processor = model, processor
 
-    def extract(self, images: Sequence[Image.Image], batch_size: int) -> np.ndarray:
+    def extract(self, images: Sequence[Image.Image], batch_size: int, processes: Processes = ALONE) -> np.ndarray:
         """Features, float32 [len(images), d], which depend on `batch_size` only by rounding.
 
         DINOv2's are its class token after the last layer norm, CLIP's its projected embedding, not at unit length.
         """
         batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-        return np.concatenate([self._features(batch).float().cpu().numpy() for batch in batches])
+        return np.concatenate(list(processes.map(self.extract_batch, batches)))
+
+    def extract_batch(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """As `extract`, of one batch."""
+        return self._features(images).float().cpu().numpy()
 
     @torch.inference_mode()
     def _features(self, images: Sequence[Image.Image]) -> Tensor:

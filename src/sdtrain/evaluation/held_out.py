@@ -75,7 +75,7 @@ class HeldOut:
 
         Args:
             scheduler: the noise schedule and prediction type that the weights were trained with.
-            part: (k, n) computes every n-th row from the k-th on and leaves the others 0, for n processes to sum.
+            part: (k, n) computes every n-th batch from the k-th on and leaves the others 0, for n processes to sum.
             swapped: of `conditions_of(method)`, the one that each image takes from another.
             null_ids: token ids of the empty caption, int64 [L], to take the place of every image's.
         """
@@ -86,9 +86,7 @@ class HeldOut:
         model.eval()
         pairs = [(sample, bin) for sample in range(self.num_samples) for bin in range(num_bins)]
         losses = torch.zeros(len(pairs), device=device)
-        mine = range(part[0], len(pairs), part[1])
-        for start in range(0, len(mine), self._batch_size):
-            places = list(mine[start : start + self._batch_size])
+        for places in self._batches(len(pairs), part):
             batch = self._batch([pairs[place] for place in places], tuple(method.columns), swapped, null_ids, device)
             noisy_latents = add_noise(batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
             model_pred = method.predict(model, noisy_latents, batch.timesteps, batch).float()
@@ -98,7 +96,9 @@ class HeldOut:
         return losses.view(self.num_samples, num_bins)
 
     @torch.no_grad()
-    def guidance_magnitudes(self, method: Method, scheduler: SchedulerMixin, null_ids: Tensor) -> Tensor:
+    def guidance_magnitudes(
+        self, method: Method, scheduler: SchedulerMixin, null_ids: Tensor, part: tuple[int, int] = (0, 1)
+    ) -> Tensor:
         """How far each caption moves what the model predicts of pure noise, float32 [num_samples].
 
         The root mean square of the prediction with the caption minus that without, at the last timestep, for noise that
@@ -107,26 +107,33 @@ class HeldOut:
 
         Args:
             null_ids: token ids of the empty caption, int64 [L].
+            part: as of `losses`.
         """
         model, device = method.trained, next(method.trained.parameters()).device
         was_training, last = model.training, scheduler.config.num_train_timesteps - 1
         model.eval()
-        found = []
-        for start in range(0, self.num_samples, self._batch_size):
-            pairs = [(sample, 0) for sample in range(self.num_samples)[start : start + self._batch_size]]
+        found = torch.zeros(self.num_samples, device=device)
+        for samples in self._batches(self.num_samples, part):
+            pairs = [(sample, 0) for sample in samples]
             batches = [self._batch(pairs, tuple(method.columns), None, ids, device) for ids in (None, null_ids)]
             shape = batches[0].latents.shape[1:]
             places = [self._place(sample) for sample, _ in pairs]
             noise = np.stack([randomness.normal(0, "guidance noise", place, shape=tuple(shape)) for place in places])
             noisy_latents, timesteps = torch.from_numpy(noise).to(device), torch.full((len(pairs),), last).to(device)
             captioned, without = (method.predict(model, noisy_latents, timesteps, b).float() for b in batches)
-            found.append((captioned - without).square().mean(dim=(1, 2, 3)).sqrt())
+            found[samples] = (captioned - without).square().mean(dim=(1, 2, 3)).sqrt()
         model.train(was_training)
-        return torch.cat(found)
+        return found
 
     def differs(self, condition: str) -> bool:
         """Whether the images differ in a condition, so that it can be swapped."""
         return self._donors_of(condition) != self._rows
+
+    def _batches(self, num_rows: int, part: tuple[int, int]) -> list[list[int]]:
+        """Every n-th batch from the k-th on of this many rows: whole ones, so that a row's neighbours, by which it is
+        rounded, don't depend on n."""
+        starts = range(0, num_rows, self._batch_size)[part[0] :: part[1]]
+        return [list(range(start, min(start + self._batch_size, num_rows))) for start in starts]
 
     def _batch(
         self,

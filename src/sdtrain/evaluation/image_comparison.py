@@ -2,25 +2,39 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from sdtrain.data.shards import LatentShards
+from sdtrain.data.shards import LatentShards, read_dataset
 from sdtrain.evaluation.clip_score import load_caption_features
-from sdtrain.evaluation.drawn_images import DrawnImages, cropped_images
+from sdtrain.evaluation.drawn_images import DrawnImages, cropped
 from sdtrain.evaluation.features import ImageFeatures, load_features
 from sdtrain.evaluation.image_sets import caption_metrics, image_set_metrics
-from sdtrain.evaluation.neighbors import NEAR_SHARE, near_copies, nearest_neighbors
-from sdtrain.evaluation.pictures import write_neighbors
+from sdtrain.evaluation.neighbors import NEAR_SHARE, Neighbors, near_copies, nearest_neighbors
 from sdtrain.ground.manifests import FeaturesManifest
+from sdtrain.ground.processes import ALONE, Processes
 from sdtrain.ground.values import Values
 from sdtrain.models.parts import pick_device
 from sdtrain.params.schema import EvaluateParams
 
 _COPIED_SHARE = 2 * NEAR_SHARE
 """Told if surely more of the trained model's images than this are near copies."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What an image encoder says of drawn images."""
+
+    numbers: dict[str, float]
+    features: str | None = None
+    """The encoder's name and revision; None if there is none."""
+    nearest: Neighbors | None = None
+    """Of the trained model's images; None if they weren't compared with training images."""
+    threshold: float | None = None
+    """The distance below which an image is a near copy; None for too few held-out images."""
 
 
 def compare_images(
@@ -31,50 +45,56 @@ def compare_images(
     train: LatentShards,
     dataset: Path,
     values: Values,
-    out: Path,
-) -> dict[str, float]:
+    processes: Processes = ALONE,
+) -> Comparison:
     """Set metrics, CLIPScore where the encoder is a CLIP, and the share of near copies; a model that copies is told.
 
-    The images' own CLIPScores are added to `values`, the nearest neighbours written to `out`.
+    The images' own CLIPScores are added to `values`.
 
     Args:
         encoder: the folder `data/features`.
         dataset: the folder `data/dataset`.
+
+    Raises:
+        InputError: the encoder can't be loaded.
     """
     label = FeaturesManifest.read(encoder).label
     if label is None:
-        write_neighbors(out, None, images, None, None, train, dataset)
-        return {}
+        return Comparison({})
     features, size = load_features(encoder, label, pick_device()), params.batch_size
-    found = {name: features.extract(some, size) for name, some in {"real": images.real, **images.drawn}.items()}
+    sets = {"real": images.real, **images.drawn}
+    found = {name: features.extract(some, size, processes) for name, some in sets.items()}
     drawn = {name: found[name] for name in images.drawn}
     numbers = {"num_drawn_images": len(images.items)} | image_set_metrics(seed, label, found["real"], drawn)
     if features.has_captions:
         texts = load_caption_features(encoder, pick_device()).extract(images.captions, size)
         of_images = images.items, images.captions, texts
         numbers |= caption_metrics(seed, params.num_bootstrap, label, *of_images, found, values)
-    nearest = threshold = None
-    if params.nearest_neighbors:
-        neighbors = nearest_neighbors(found, _features_of(train, dataset, features, size))
-        shares, threshold = near_copies(label, neighbors)
-        numbers |= shares
-        nearest = neighbors["trained"]
-        if shares and shares[f"near_copy_share_{label}_trained_ci_low"] > _COPIED_SHARE:
-            share = shares[f"near_copy_share_{label}_trained"]
-            print(
-                f"WARNING: the model copies: {100 * share:.0f} % of what it draws is nearer to a training image than "
-                f"{100 * (1 - NEAR_SHARE):.0f} % of held-out images are; look at {out.name}'s neighbors, train for "
-                "fewer steps, or on more images",
-                file=sys.stderr,
-            )
-    write_neighbors(out, features.name, images, nearest, threshold, train, dataset)
-    return numbers
+    if not params.nearest_neighbors:
+        return Comparison(numbers, features.name)
+    neighbors = nearest_neighbors(found, _features_of(train, dataset, features, size, processes))
+    shares, threshold = near_copies(label, neighbors)
+    if shares and shares[f"near_copy_share_{label}_trained_ci_low"] > _COPIED_SHARE:
+        share = shares[f"near_copy_share_{label}_trained"]
+        print(
+            f"WARNING: the model copies: {100 * share:.0f} % of what it draws is nearer to a training image than "
+            f"{100 * (1 - NEAR_SHARE):.0f} % of held-out images are; look at data/evaluation/neighbors.json and its "
+            "images, train for fewer steps, or on more images",
+            file=sys.stderr,
+        )
+    return Comparison(numbers | shares, features.name, neighbors["trained"], threshold)
 
 
 def _features_of(
-    shards: LatentShards, dataset: Path, features: ImageFeatures, batch_size: int
+    shards: LatentShards, dataset: Path, features: ImageFeatures, batch_size: int, processes: Processes
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Of all images of a split, batch by batch."""
-    images = cropped_images(shards, dataset)
-    while batch := list(islice(images, batch_size)):
-        yield [item for item, _ in batch], features.extract([image for _, image in batch], batch_size)
+    """Ids and features of all images of a split, batch by batch; each process decodes its own batches only."""
+    rows, last = read_dataset(dataset, shards.split), -1
+
+    def compute(number: int) -> tuple[list[str], np.ndarray]:
+        nonlocal last
+        while last < number:  # batches come in rising order
+            batch, last = list(islice(rows, batch_size)), last + 1
+        return [row["id"] for row in batch], features.extract_batch([cropped(row, shards.manifest) for row in batch])
+
+    return processes.map(compute, range(-(-len(shards) // batch_size)))

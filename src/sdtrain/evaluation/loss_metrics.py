@@ -1,8 +1,9 @@
 """What `evaluate` says of the held-out loss: of all models, without text, weighted, and by condition."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from sdtrain.evaluation.condition_use import unused
 from sdtrain.evaluation.held_out import HeldOut, conditions_of
 from sdtrain.ground import randomness
 from sdtrain.ground.diffusion import min_snr_weights
+from sdtrain.ground.processes import ALONE, Processes
 from sdtrain.ground.statistics import bootstrap_interval
 from sdtrain.ground.values import Values
 from sdtrain.methods.method import Method
@@ -34,6 +36,8 @@ class Denoiser:
     """The noise schedule and prediction type that it was trained with."""
     modules: tuple[nn.Module, ...]
     """All that it consists of."""
+    processes: Processes = ALONE
+    """Who share the measuring; each gets all values."""
 
     def to(self, device: torch.device) -> None:
         """Move the weights."""
@@ -42,11 +46,17 @@ class Denoiser:
 
     def losses(self, images: HeldOut, **question: Any) -> np.ndarray:
         """Its losses of images, float64 [images, timesteps]; `question` is `HeldOut.losses`'s own."""
-        return images.losses(self.method, self.scheduler, **question).double().cpu().numpy()
+        return self._shared(partial(images.losses, self.method, self.scheduler, **question))
 
     def guidance_magnitudes(self, images: HeldOut, null_ids: Tensor) -> np.ndarray:
         """How far the images' captions move what it predicts of noise, float64 [images]."""
-        return images.guidance_magnitudes(self.method, self.scheduler, null_ids).double().cpu().numpy()
+        return self._shared(partial(images.guidance_magnitudes, self.method, self.scheduler, null_ids))
+
+    def _shared(self, measure: Callable[..., Tensor]) -> np.ndarray:
+        """The sum of the processes' parts: where one has values, the others are 0."""
+        num = self.processes.num
+        parts = self.processes.map(lambda index: measure(part=(index, num)).double().cpu().numpy(), range(num))
+        return np.sum(list(parts), axis=0)
 
 
 def loss_metrics(

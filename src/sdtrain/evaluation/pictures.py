@@ -16,7 +16,7 @@ from PIL import Image
 
 from sdtrain.data.shards import LatentShards
 from sdtrain.evaluation.drawn_images import DrawnImages, cropped_images
-from sdtrain.evaluation.neighbors import Neighbors
+from sdtrain.evaluation.image_comparison import Comparison
 from sdtrain.ground.files import write_json
 
 _NUM_SHOWN = 8
@@ -53,21 +53,17 @@ def write_worst(
 
 def write_neighbors(
     folder: Path,
-    features: str | None,
+    compared: Comparison,
     images: DrawnImages,
-    found: Neighbors | None,
-    threshold: float | None,
     shards: LatentShards,
     dataset: Path,
 ) -> None:
     """Write `neighbors.json` and its images.
 
     Args:
-        features: the encoder's name.
-        found: of the trained model's images; None if they weren't compared.
         shards: of the training images.
     """
-    pairs = []
+    pairs, found, threshold = [], compared.nearest, compared.threshold
     if found is not None and threshold is not None:
         order = np.argsort(found.distances, kind="stable")[:_NUM_SHOWN]
         train = dict(cropped_images(shards, dataset, {found.items[place] for place in order}))
@@ -77,7 +73,7 @@ def write_neighbors(
             row["train"] = _save(train[found.items[place]], folder, f"neighbors/{rank:02}-train.png")
             distance = float(found.distances[place])
             pairs.append(row | {"distance": distance, "ratio": distance / threshold})
-    tree = {"features": features, "num_samples": len(images.items), "threshold": threshold, "pairs": pairs}
+    tree = {"features": compared.features, "num_samples": len(images.items), "threshold": threshold, "pairs": pairs}
     write_json(folder / "neighbors.json", tree)
 
 

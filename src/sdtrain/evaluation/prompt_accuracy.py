@@ -15,6 +15,7 @@ from sdtrain.data.edges import canny_edges
 from sdtrain.data.images import square_pixels
 from sdtrain.evaluation.drawn_images import DrawnImages
 from sdtrain.ground import randomness
+from sdtrain.ground.processes import ALONE, Processes
 from sdtrain.ground.statistics import bootstrap_interval, wilson_interval
 from sdtrain.ground.values import Values
 from sdtrain.models.pipelines import Conditions, drawn_px, generate
@@ -61,6 +62,7 @@ def prompt_accuracy(
     world: World,
     values: Values,
     images: DrawnImages,
+    processes: Processes = ALONE,
 ) -> list[dict]:
     """Share of images that show what the prompt says, by attribute; with hints also hint accuracy, `hint`.
 
@@ -88,6 +90,7 @@ def prompt_accuracy(
                 num_inference_steps=params.num_inference_steps,
                 guidance_scale=params.guidance_scale,
                 batch_size=params.batch_size,
+                processes=processes,
             )
             for attribute, found in _measured(kind, world, questions, drawn[name]):
                 numbers = list(found)

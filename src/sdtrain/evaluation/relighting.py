@@ -19,6 +19,7 @@ from sdtrain.data.scenes import SIZE_PX
 from sdtrain.evaluation import light_measures as measures
 from sdtrain.evaluation.drawn_images import DrawnImages
 from sdtrain.ground import randomness
+from sdtrain.ground.processes import ALONE, Processes
 from sdtrain.ground.statistics import bootstrap_interval, wilson_interval
 from sdtrain.ground.values import Values
 from sdtrain.models.pipelines import Conditions, drawn_px, generate, seen_by
@@ -100,6 +101,7 @@ def relighting_accuracy(
     by_map: bool,
     values: Values,
     images: DrawnImages,
+    processes: Processes = ALONE,
 ) -> list[dict]:
     """A row for each metric and model (`base`, `trained`, `copy`, `vae`): value, 95 % interval, number.
 
@@ -115,6 +117,7 @@ def relighting_accuracy(
     singles, triples = lit_questions(seed, params.num_prompts), _triples(seed, params.num_prompts)
     flat = [question for triple in triples for question in triple]
     settings = params.model_dump(include={"num_inference_steps", "guidance_scale", "batch_size"})
+    settings["processes"] = processes
     drawn = {name: relight(pipeline, singles + flat, by_map, **settings) for name, pipeline in pipelines.items()}
     num = len(singles)
     items = [_item(number) for number in range(num)]
@@ -123,7 +126,7 @@ def relighting_accuracy(
     images.add(items, texts, [question.truth for question in singles], one_each)
     drawn["copy"] = [question.foreground for question in singles + flat]
     truths = [question.truth for question in singles + flat]
-    drawn["vae"] = _round_trip(pipelines["trained"], truths, params.batch_size)
+    drawn["vae"] = _round_trip(pipelines["trained"], truths, params.batch_size, processes)
     rows = []
     for name, found in drawn.items():
         one_light, rest = _measure(singles, found[:num]), found[num:]
@@ -193,15 +196,20 @@ def _summary(
         yield metric, float(found.mean()), *interval, len(found)
 
 
-@torch.inference_mode()
-def _round_trip(pipeline: DiffusionPipeline, images: list[Image.Image], batch_size: int) -> list[Image.Image]:
+def _round_trip(
+    pipeline: DiffusionPipeline, images: list[Image.Image], batch_size: int, processes: Processes
+) -> list[Image.Image]:
     """Encoded and decoded by the VAE, at the size that the pipeline draws."""
-    side, vae, decoded = drawn_px(pipeline), pipeline.vae, []
-    for start in range(0, len(images), batch_size):
-        sized = [_sized(image, side) for image in images[start : start + batch_size]]
+    side, vae = drawn_px(pipeline), pipeline.vae
+
+    @torch.inference_mode()
+    def round_trip(batch: list[Image.Image]) -> list[Image.Image]:
+        sized = [_sized(image, side) for image in batch]
         latents = vae.encode(pipeline.image_processor.preprocess(sized).to(vae.device)).latent_dist.mode()
-        decoded += pipeline.image_processor.postprocess(vae.decode(latents).sample.cpu(), output_type="pil")
-    return [_sized(image, SIZE_PX) for image in decoded]
+        return pipeline.image_processor.postprocess(vae.decode(latents).sample.cpu(), output_type="pil")
+
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    return [_sized(image, SIZE_PX) for decoded in processes.map(round_trip, batches) for image in decoded]
 
 
 def _sized(image: Image.Image, side: int) -> Image.Image:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json
 from sdtrain.ground.layout import LIGHT_ENCODER
+from sdtrain.ground.processes import ALONE, Processes
 from sdtrain.models.ic_light import IcLightPipeline
 from sdtrain.models.parts import Parts, hide_progress_bars, pick_device
 
@@ -107,6 +108,7 @@ def generate(
     num_inference_steps: int,
     guidance_scale: float,
     batch_size: int,
+    processes: Processes = ALONE,
 ) -> list[Image.Image]:
     """One image per prompt and seed, RGB, at the UNet's own size.
 
@@ -115,23 +117,25 @@ def generate(
 
     Args:
         conditions: what the model sees besides each prompt, images at the size of those drawn.
+        processes: who share the batches; each gets all images.
     """
     conditions = conditions or {}
     assert all(len(given) == len(prompts) for given in (seeds, *conditions.values())), "one of each per prompt"
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    images = []
-    for start in range(0, len(prompts), batch_size):
-        chunk = slice(start, start + batch_size)
-        with torch.inference_mode():
-            images += pipeline(
-                prompts[chunk],
-                negative_prompt=[negative_prompt] * len(prompts[chunk]),
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]],
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                **{_ARGUMENTS.get(name, name): _stacked(given[chunk]) for name, given in conditions.items()},
-            ).images
-    return images
+
+    @torch.inference_mode()
+    def draw(chunk: slice) -> list[Image.Image]:
+        return pipeline(
+            prompts[chunk],
+            negative_prompt=[negative_prompt] * len(prompts[chunk]),
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[chunk]],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            **{_ARGUMENTS.get(name, name): _stacked(given[chunk]) for name, given in conditions.items()},
+        ).images
+
+    chunks = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
+    return [image for images in processes.map(draw, chunks) for image in images]
 
 
 def _stacked(given: list[Image.Image] | list[Tensor]) -> list[Image.Image] | Tensor:

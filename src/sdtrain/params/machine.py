@@ -38,18 +38,15 @@ def load_trainable_params(path: Path) -> Params:
     return params
 
 
-def check_machine(params: TrainParams, num_gpus: int | None = None) -> None:
+def check_machine(params: TrainParams) -> None:
     """Check that this machine has the processes, the device and the packages that training needs.
-
-    Args:
-        num_gpus: how many GPUs training may use; None asks CUDA, of which a stage with a lease sees its own only.
 
     Raises:
         InputError: one message that names every fault.
     """
     faults = []
     checks = (
-        partial(check_processes, params, num_gpus),
+        partial(check_processes, params),
         partial(check_device, params),
         partial(check_trackers, params.trackers),
     )
@@ -103,11 +100,8 @@ def count_micro_batches(params: TrainParams, num_processes: int) -> int:
     return params.batch_size // per_pass
 
 
-def check_processes(params: TrainParams, num_gpus: int | None = None) -> None:
+def check_processes(params: TrainParams) -> None:
     """Check that the effective batch can be split among the processes, and that each has its own GPU if there are any.
-
-    Args:
-        num_gpus: how many GPUs they may use; None asks CUDA.
 
     Raises:
         InputError: it can't, there are too few GPUs, or `NPROC` or `NNODES` isn't a number.
@@ -117,7 +111,7 @@ def check_processes(params: TrainParams, num_gpus: int | None = None) -> None:
     if num_here > 1:
         import torch
 
-        if torch.cuda.is_available() and num_here > (found := num_gpus or torch.cuda.device_count()):
+        if torch.cuda.is_available() and num_here > (found := torch.cuda.device_count()):
             raise InputError(
                 f"NPROC = {num_here}: each process needs its own CUDA GPU, and this machine has {found}; lower NPROC"
             )
