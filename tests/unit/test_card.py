@@ -450,10 +450,10 @@ def test_own_images_have_the_held_out_loss_alone(project):
     ("changes", "sentence"),
     [
         ({"dataset": {"test_fraction": 0.1}, "validation": {"max_samples": 96}},
-         "It is of 214 test images; the checkpoint was chosen on 96 others."),
+         "It was measured on 214 test images; the checkpoint was chosen on 96 others."),
         ({"dataset": {"test_fraction": 0.1}, "validation": {"max_samples": 5000}},
-         "It is of 214 test images; the checkpoint was chosen on 230 others."),
-        ({"dataset": {"test_fraction": 0.1}, "export": {"checkpoint": "last"}}, "It is of 214 test images."),
+         "It was measured on 214 test images; the checkpoint was chosen on 230 others."),
+        ({"dataset": {"test_fraction": 0.1}, "export": {"checkpoint": "last"}}, "It was measured on 214 test images."),
         ({"validation": {"max_samples": 96}},
          "The checkpoint was chosen on 96 of these 214 images, which favours it a little."),
         ({"validation": {"max_samples": 5000}},

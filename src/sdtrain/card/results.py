@@ -191,7 +191,7 @@ def _choice_of_checkpoint(model: Model, num_held_out: int) -> list[str]:
     num_choosing = min(config.num_validation, config.params.validation.max_samples)
     if config.params.dataset.test_fraction:
         chosen = f"; the checkpoint was chosen on {num_choosing:,} others" if is_best else ""
-        return [f"It is of {num_held_out:,} test images{chosen}."]
+        return [f"It was measured on {num_held_out:,} test images{chosen}."]
     if not is_best:
         return []
     num_both = min(num_choosing, num_held_out)
