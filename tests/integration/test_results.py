@@ -163,6 +163,7 @@ def test_evaluate_writes_the_numbers_with_their_counts(workspace, model, tmp_pat
 def test_a_metric_is_the_mean_of_the_values_in_the_table(workspace, run, model, tmp_path):
     params = workspace.make_params(evaluate={"num_timesteps": 8})
     numbers = workspace.evaluate(model, tmp_path, params, run.checkpoints)
+    numbers |= json.loads((tmp_path / "image_sets.json").read_text())
     values = read_values((tmp_path / "values.parquet").read_bytes(), "values.parquet")
     for (metric, name), value in values.groupby(["metric", "model"]).value.mean().items():
         assert numbers[f"{metric}_{name}"] == pytest.approx(value, rel=1e-5), (metric, name)
