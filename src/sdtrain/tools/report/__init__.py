@@ -12,7 +12,15 @@ from sdtrain.tools.compare.text import HEADER, as_json, finite, rows
 from sdtrain.tools.report.charts import Chart, charts_of
 from sdtrain.tools.report.fit import Shown, fit
 from sdtrain.tools.report.matrix import sample_matrix
-from sdtrain.tools.report.numbers import Difference, differences, faults_of, health_of, metrics_table, settings_of
+from sdtrain.tools.report.numbers import (
+    Difference,
+    differences,
+    differences_table,
+    faults_of,
+    health_of,
+    metrics_table,
+    settings_of,
+)
 from sdtrain.tools.report.others import evaluation_images, validation_images
 from sdtrain.tools.report.page import render
 from sdtrain.tools.report.recorded import Recorded, read_recorded
@@ -45,7 +53,7 @@ def report(root: Path, runs: Sequence[Run], notes: Sequence[str], metrics: Seque
         found.append(images)
         found_notes += [(run.name, reason) for reason in reasons]
     shown = Shown(matrix, prompts, found)
-    differing, charts = differences(recorded), charts_of(recorded)
+    differing, charts = differences(recorded), charts_of(recorded, _groups(comparisons[0], recorded))
     faults = {run.name: lines for run in recorded if (lines := faults_of(run))}
     health = [health_of(run) for run in recorded]
     view = {
@@ -54,14 +62,14 @@ def report(root: Path, runs: Sequence[Run], notes: Sequence[str], metrics: Seque
         "runs": recorded,
         "faults": faults,
         "comparisons": [_comparison(comparison, recorded, notes) for comparison in comparisons if len(runs) > 1],
-        "differences": differing,
+        "differences": differences_table(differing, [run.name for run in recorded]),
         "matrix": matrix,
-        "image_notes": _grouped(image_notes),
+        "image_notes": _grouped(image_notes, len(runs)),
         "prompts": prompts,
         "steps": sorted({step for prompt in prompts for track in prompt.tracks for step in track.steps}),
         "charts": charts,
         "found_images": found,
-        "found_notes": _grouped(found_notes),
+        "found_notes": _grouped(found_notes, len(runs)),
         "metrics": metrics_table(recorded),
         "health": _by_fact(health),
         "commands": _commands(recorded, metrics),
@@ -105,12 +113,27 @@ def _comparison(comparison: Comparison, runs: Sequence[Recorded], notes: Sequenc
     }
 
 
-def _grouped(notes: Iterable[tuple[str, str]]) -> list[str]:
+def _groups(comparison: Comparison, runs: Sequence[Recorded]) -> list[str]:
+    """Of each run its recipe's name, if any recipe has several runs; else the run's own."""
+    if all(len(ranked.recipe.runs) == 1 for ranked in comparison.ranked):
+        return [run.name for run in runs]
+    recipes = {
+        run.name: ranked.recipe.name
+        for ranked in comparison.ranked
+        for run in (*ranked.recipe.runs.values(), *ranked.recipe.repeats)
+    }
+    return [recipes.get(run.name, run.name) for run in runs]
+
+
+def _grouped(notes: Iterable[tuple[str, str]], num_runs: int) -> list[str]:
     """A sentence for each reason, which begins with the runs that have it."""
-    runs: dict[str, list[str]] = {}
+    runs: dict[str, dict[str, None]] = {}
     for run, reason in notes:
-        runs.setdefault(reason, []).append(run)
-    return [f"{', '.join(dict.fromkeys(names))}: {reason}." for reason, names in runs.items()]
+        runs.setdefault(reason, {})[run] = None
+    return [
+        f"{f'All {num_runs} runs' if len(names) == num_runs > 1 else ', '.join(names)}: {reason}."
+        for reason, names in runs.items()
+    ]
 
 
 def _by_fact(health: Sequence[dict[str, str]]) -> list[list[str]]:

@@ -19,9 +19,9 @@ class Line:
     """A series of one run."""
 
     name: str
-    run: int | None
-    """The run's number, which decides on the colour; None of a base that all runs share."""
-    is_dashed: bool
+    group: str
+    """What the legend names; the lines of a group have one colour."""
+    is_base: bool
     points: list[tuple[float, float]]
 
 
@@ -47,15 +47,19 @@ class Chart:
         return [self.x, *(line.name for line in self.lines)], rows
 
     def spec(self) -> dict[str, Any]:
-        """For Vega-Lite; the page's script adds colours, by the field `color` of the lines in `usermeta`."""
+        """For Vega-Lite; the page's script gives the groups their colours, grey to the bases that `usermeta` names."""
         rows = [
-            {"line": line.name, "x": x, "y": y} for line in self.lines for x, y in _spread(line.points, _MAX_POINTS)
+            {"line": line.name, "group": line.group, "x": x, "y": y}
+            for line in self.lines
+            for x, y in _spread(line.points, _MAX_POINTS)
         ]
-        names = [line.name for line in self.lines]
+        groups = {line.group: line.is_base for line in self.lines}
+        dashes = [[5, 4] if is_base else [1, 0] for is_base in groups.values()]
         scale = {"type": "log"} if self.is_log else {"zero": False}
         return {
             "$schema": _SCHEMA,
-            "usermeta": {"colors": [line.run for line in self.lines]},
+            "description": self.title,
+            "usermeta": {"bases": [group for group, is_base in groups.items() if is_base]},
             "width": "container",
             "height": 240,
             "data": {"values": rows},
@@ -63,12 +67,13 @@ class Chart:
             "encoding": {
                 "x": {"field": "x", "type": "quantitative", "title": self.x, "scale": {"nice": False}},
                 "y": {"field": "y", "type": "quantitative", "title": self.y, "scale": scale},
-                "color": {"field": "line", "type": "nominal", "title": None, "scale": {"domain": names}},
+                "detail": {"field": "line", "type": "nominal"},
+                "color": {"field": "group", "type": "nominal", "title": None, "scale": {"domain": list(groups)}},
                 "strokeDash": {
-                    "field": "line",
+                    "field": "group",
                     "type": "nominal",
                     "title": None,
-                    "scale": {"domain": names, "range": [[5, 4] if line.is_dashed else [1, 0] for line in self.lines]},
+                    "scale": {"domain": list(groups), "range": dashes},
                 },
                 "tooltip": [
                     {"field": "line", "title": "run"},
@@ -79,64 +84,61 @@ class Chart:
         }
 
 
-def charts_of(runs: Sequence[Recorded]) -> list[Chart]:
-    """The charts that have data."""
+def charts_of(runs: Sequence[Recorded], groups: Sequence[str]) -> list[Chart]:
+    """The charts that have data.
+
+    Args:
+        groups: of each run, the name of what it is a replicate of.
+    """
     by_timestep = [run.table("loss_by_timestep.csv", ["timestep", "base", "trained"]) for run in runs]
     held_out = [run.table("validation.csv", ["step", "loss_raw"]) for run in runs]
     training = [run.table("train.csv", ["step", "loss_smoothed"]) for run in runs]
+
+    def lines(tables: Sequence[list[Row]], x: str, *columns: str) -> list[Line]:
+        """Of each run's first of these columns."""
+        found = []
+        for run, group, rows in zip(runs, groups, tables, strict=True):
+            column = next((name for name in columns if rows and name in rows[0]), "")
+            values = [(row.get(x), row.get(column)) for row in rows]
+            points = [(at, value) for at, value in values if None not in (at, value) and math.isfinite(value)]
+            if points:
+                found.append(Line(run.name, group, False, points))
+        return found
+
     found = [
         Chart(
             "loss-by-timestep",
             "Held-out loss by timestep",
             "timestep, 0 the cleanest",
             "held-out loss, logarithmic",
-            _bases(runs, by_timestep) + _lines(runs, by_timestep, "timestep", "trained"),
+            _bases(lines(by_timestep, "timestep", "base")) + lines(by_timestep, "timestep", "trained"),
             is_log=True,
         ),
         Chart(
             "held-out-loss",
-            "Held-out loss while it trained",
+            "Held-out loss while it trained, of the averaged weights (EMA) if there are such",
             "step",
-            "loss of the averaged weights (EMA), or of raw ones",
-            _lines(runs, held_out, "step", "loss_ema", instead="loss_raw"),
+            "held-out loss",
+            lines(held_out, "step", "loss_ema", "loss_raw"),
         ),
         Chart(
             "training-loss",
-            "Training loss",
+            "Training loss, its moving average",
             "step",
-            "loss, moving average",
-            _lines(runs, training, "step", "loss_smoothed"),
+            "training loss",
+            lines(training, "step", "loss_smoothed"),
         ),
     ]
     return [chart for chart in found if chart.lines]
 
 
-def _bases(runs: Sequence[Recorded], tables: Sequence[list[Row]]) -> list[Line]:
-    """One line if all runs have the same base."""
-    lines = _lines(runs, tables, "timestep", "base", " (base)", is_dashed=True)
-    if len({tuple(line.points) for line in lines}) == 1:
-        return [Line("base", None, True, lines[0].points)]
-    return lines
-
-
-def _lines(
-    runs: Sequence[Recorded],
-    tables: Sequence[list[Row]],
-    x: str,
-    y: str,
-    suffix: str = "",
-    is_dashed: bool = False,
-    instead: str = "",
-) -> list[Line]:
-    """A line for each run that has the column `y`, or the one `instead`."""
-    found = []
-    for number, (run, rows) in enumerate(zip(runs, tables, strict=True)):
-        column = y if rows and y in rows[0] else instead
-        values = [(row.get(x), row.get(column)) for row in rows]
-        points = [(at, value) for at, value in values if None not in (at, value) and math.isfinite(value)]
-        if points:
-            found.append(Line(run.name + suffix, number, is_dashed, points))
-    return found
+def _bases(lines: Sequence[Line]) -> list[Line]:
+    """A line for each base that isn't the same as another run's."""
+    distinct: dict[tuple, Line] = {}
+    for line in lines:
+        distinct.setdefault(tuple(line.points), line)
+    names = ["base"] if len(distinct) == 1 else [f"base of {line.group}" for line in distinct.values()]
+    return [Line(name, name, True, list(points)) for name, points in zip(names, distinct, strict=True)]
 
 
 def _spread(values: Sequence[Any], num: int) -> list[Any]:

@@ -16,7 +16,7 @@ _SEED = "train.seed"
 _MODELS = ("base", "trained", "floor", "copy", "vae")
 """With which a metric's name can end: models, and what a metric is worth without one."""
 _ABSENT = "–"
-_MAX_VALUE_CHARS = 160
+_MAX_VALUE_CHARS = 80
 
 
 def settings_of(run: Recorded) -> tuple[dict[str, Any], Origin | None]:
@@ -83,6 +83,20 @@ def differences(runs: Sequence[Recorded]) -> list[Difference]:
     return params + sorted(files, key=lambda difference: difference.kind, reverse=True)
 
 
+def differences_table(differing: Sequence[Difference], names: Sequence[str]) -> list[list[str]]:
+    """Head and rows, lying so that there are more rows than columns; empty if nothing differs."""
+    heads = [
+        difference.name
+        + {"data": " (data)", "code": " (code)"}.get(difference.kind, "")
+        + ("" if difference.moves_metrics else " (moves no metric)")
+        for difference in differing
+    ]
+    columns = [["", *names], *([head, *found.values] for head, found in zip(heads, differing, strict=True))]
+    if not differing:
+        return []
+    return columns if len(differing) > len(names) else [list(row) for row in zip(*columns, strict=True)]
+
+
 @dataclass
 class Cell:
     """A metric of one run."""
@@ -121,7 +135,9 @@ def metrics_table(runs: Sequence[Recorded]) -> list[Metric]:
         if base:
             for cell in cells:
                 cell.others = [other for other in cell.others if other[0] != "base"]
-        table.append(Metric(stem, better_direction(f"{stem}_trained") or "", base, cells))
+        trained = f"{stem}_trained"
+        better = better_direction(trained) if any(trained in found for found in numbers) else None
+        table.append(Metric(stem, better or "", base, cells))
     return table
 
 

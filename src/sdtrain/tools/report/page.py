@@ -35,6 +35,7 @@ def render(view: dict[str, Any], data: dict[str, Any], images: dict[str, str], r
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["code"] = _with_code
     licences, bundle = _vega(root) if data["charts"] else ("", "")
     script = (_HERE / "report.js").read_text(encoding="utf-8")
     return environment.get_template("report.html.j2").render(
@@ -47,6 +48,14 @@ def render(view: dict[str, Any], data: dict[str, Any], images: dict[str, str], r
         style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         data=Markup(_as_json(data)),
     )
+
+
+def _with_code(text: str) -> Markup:
+    """A sentence as HTML, with what stands between backticks as code."""
+    parts = [
+        Markup("<code>{}</code>" if place % 2 else "{}").format(part) for place, part in enumerate(text.split("`"))
+    ]
+    return Markup().join(parts)
 
 
 def _as_json(tree: dict[str, Any]) -> str:

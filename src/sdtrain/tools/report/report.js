@@ -4,7 +4,6 @@
   const BLINK_MS = 600;
   const all = (selector) => [...document.querySelectorAll(selector)];
   const byId = (id) => document.getElementById(id);
-  const color = (run) => COLORS[run % COLORS.length];
 
   for (const element of all(".tools, .scripted")) element.hidden = false;
 
@@ -20,12 +19,14 @@
       font: "system-ui, sans-serif",
       view: { stroke: null },
       axis: { ...text, gridColor: line, domainColor: line, tickColor: line },
-      legend: { labelColor: ink, labelFontSize: 12, labelLimit: 320, orient: "bottom", columns: innerWidth < 640 ? 1 : 4, symbolType: "stroke" },
+      legend: { labelColor: ink, labelFontSize: 12, labelLimit: 320, orient: "bottom", columns: innerWidth < 640 ? 1 : 4, symbolType: "stroke", symbolLimit: 0 },
     };
     for (const { id, spec } of charts) {
       const themed = structuredClone(spec);
       themed.config = config;
-      themed.encoding.color.scale.range = spec.usermeta.colors.map((run) => (run === null ? quiet : color(run)));
+      const { bases } = spec.usermeta, { scale } = themed.encoding.color;
+      const trained = scale.domain.filter((group) => !bases.includes(group));
+      scale.range = scale.domain.map((group) => (bases.includes(group) ? quiet : COLORS[trained.indexOf(group) % COLORS.length]));
       byId(id).hidden = false;
       vegaEmbed(byId(id), themed, { ast: true, actions: false, renderer: "svg" }).catch((fault) => console.error(fault));
     }
@@ -33,7 +34,6 @@
   if (charts.length) {
     draw();
     dark.addEventListener("change", draw);
-    for (const dot of all(".dot")) dot.style.cssText = `display: inline-block; background: ${color(dot.dataset.run)}`;
   }
 
   // The filter and the guidance scale decide which rows are shown.
