@@ -162,6 +162,11 @@ def test_sections_come_in_their_order(page):
     ]  # fmt: skip
 
 
+def test_runs_that_cannot_be_read_are_named(project):
+    add_experiment("broken", {"metrics/evaluate.json": None})
+    assert "left out: broken has no metrics/evaluate.json; run dvc repro" in Elements(page_of(project)).text
+
+
 def test_one_run_gets_no_verdict(made):
     text = Elements(page_of(made, "fast-0")).text
     assert "One run: there is nothing to compare it with" in text
@@ -175,7 +180,7 @@ def test_the_command_writes_the_file(project, capsys):
     assert page == page_of(project, "fast-0", "HEAD")
     assert capsys.readouterr().out.startswith("sub/two.html: 2 runs, ")
     commit = git("rev-parse", "HEAD")
-    for command in ("dvc exp apply fast-0\ndvc repro", f"git checkout {commit}\ndvc repro"):
+    for command in ("dvc exp apply fast-0 && dvc repro", f"git checkout {commit} && dvc repro"):
         assert command in Elements(page).text
     assert f"sdtrain report fast-0 {commit[:10]} --metric {LOSS}" in Elements(page).text
 

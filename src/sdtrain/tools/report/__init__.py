@@ -7,7 +7,7 @@ from typing import Any
 
 import sdtrain
 from sdtrain.tools.compare import Comparison, compare
-from sdtrain.tools.compare.runs import WORKSPACE, Run
+from sdtrain.tools.compare.runs import Run
 from sdtrain.tools.compare.text import HEADER, as_json, finite, rows
 from sdtrain.tools.report.charts import Chart, charts_of
 from sdtrain.tools.report.fit import Shown, fit
@@ -45,13 +45,10 @@ def report(root: Path, runs: Sequence[Run], notes: Sequence[str], metrics: Seque
     """
     comparisons = [compare(list(runs), metric) for metric in metrics]
     recorded = [read_recorded(root, run) for run in runs]
-    gallery, found, found_notes = Gallery(), [], []
+    gallery = Gallery()
     matrix, image_notes = sample_matrix(recorded, gallery)
     prompts = validation_images(recorded, gallery)
-    for run in recorded:
-        images, reasons = evaluation_images(run, gallery)
-        found.append(images)
-        found_notes += [(run.name, reason) for reason in reasons]
+    found = [evaluation_images(run, gallery) for run in recorded]
     shown = Shown(matrix, prompts, found)
     differing, charts = differences(recorded), charts_of(recorded, _groups(comparisons[0], recorded))
     faults = {run.name: lines for run in recorded if (lines := faults_of(run))}
@@ -61,7 +58,8 @@ def report(root: Path, runs: Sequence[Run], notes: Sequence[str], metrics: Seque
         "sections": _SECTIONS if len(runs) > 1 else {id: name for id, name in _SECTIONS.items() if id != "differences"},
         "runs": recorded,
         "faults": faults,
-        "comparisons": [_comparison(comparison, recorded, notes) for comparison in comparisons if len(runs) > 1],
+        "notes": [*notes, *(comparisons[0].notes if len(runs) == 1 else [])],
+        "comparisons": [_comparison(comparison, recorded) for comparison in comparisons if len(runs) > 1],
         "differences": differences_table(differing, [run.name for run in recorded]),
         "matrix": matrix,
         "image_notes": _grouped(image_notes, len(runs)),
@@ -69,7 +67,8 @@ def report(root: Path, runs: Sequence[Run], notes: Sequence[str], metrics: Seque
         "steps": sorted({step for prompt in prompts for track in prompt.tracks for step in track.steps}),
         "charts": charts,
         "found_images": found,
-        "found_notes": _grouped(found_notes, len(runs)),
+        "worst_notes": _grouped([(images.run, images.no_worst) for images in found], len(runs)),
+        "neighbor_notes": _grouped([(images.run, images.no_neighbors) for images in found], len(runs)),
         "metrics": metrics_table(recorded),
         "health": _by_fact(health),
         "commands": _commands(recorded, metrics),
@@ -100,16 +99,14 @@ def _title(runs: Sequence[Recorded]) -> str:
     return names if len(runs) == 1 else f"{len(runs)} runs: {names}"
 
 
-def _comparison(comparison: Comparison, runs: Sequence[Recorded], notes: Sequence[str]) -> dict[str, Any]:
+def _comparison(comparison: Comparison, runs: Sequence[Recorded]) -> dict[str, Any]:
     nums = {run.numbers("evaluate.json").get("num_held_out") for run in runs}
     is_of_held_out = comparison.metric.startswith("held_out_loss") and len(nums) == 1
-    tree = as_json(comparison)
     return {
-        **tree,
+        **as_json(comparison),
         "head": HEADER,
         "rows": rows(comparison),
         "num": nums.pop() if is_of_held_out else None,
-        "notes": [*notes, *tree["notes"]],
     }
 
 
@@ -125,11 +122,12 @@ def _groups(comparison: Comparison, runs: Sequence[Recorded]) -> list[str]:
     return [recipes.get(run.name, run.name) for run in runs]
 
 
-def _grouped(notes: Iterable[tuple[str, str]], num_runs: int) -> list[str]:
-    """A sentence for each reason, which begins with the runs that have it."""
+def _grouped(notes: Iterable[tuple[str, str | None]], num_runs: int) -> list[str]:
+    """A sentence for each reason, which begins with the runs that have it; None is no reason."""
     runs: dict[str, dict[str, None]] = {}
     for run, reason in notes:
-        runs.setdefault(reason, {})[run] = None
+        if reason is not None:
+            runs.setdefault(reason, {})[run] = None
     return [
         f"{f'All {num_runs} runs' if len(names) == num_runs > 1 else ', '.join(names)}: {reason}."
         for reason, names in runs.items()
@@ -142,19 +140,16 @@ def _by_fact(health: Sequence[dict[str, str]]) -> list[list[str]]:
     return [[fact, *(found.get(fact, "") for found in health)] for fact in facts]
 
 
-def _commands(runs: Sequence[Recorded], metrics: Sequence[str]) -> dict[str, list[str]]:
-    """By run what makes it again, and what makes this report."""
-    found = {}
+def _commands(runs: Sequence[Recorded], metrics: Sequence[str]) -> dict[str, Any]:
+    """What makes the report again, and by its name each run."""
+    again = {}
     for run in runs:
-        if run.commit is None:
-            found[run.name] = ["dvc repro"]
-        else:
-            apply = f"dvc exp apply {shlex.quote(run.name)}" if run.is_experiment else f"git checkout {run.commit}"
-            found[run.name] = [apply, "dvc repro"]
-    revs = [run.name if run.is_experiment or run.name == WORKSPACE else str(run.commit)[:10] for run in runs]
+        apply = shlex.join(["dvc", "exp", "apply", run.name]) if run.is_experiment else f"git checkout {run.commit}"
+        again[run.name] = "dvc repro" if run.commit is None else f"{apply} && dvc repro"
+    # HEAD and branches move; experiments don't.
+    revs = [run.name if run.is_experiment or run.commit is None else run.commit[:10] for run in runs]
     options = [part for metric in metrics for part in ("--metric", metric)]
-    found["this report"] = [shlex.join(["sdtrain", "report", *revs, *options])]
-    return found
+    return {"report": shlex.join(["sdtrain", "report", *revs, *options]), "runs": again}
 
 
 def _data(

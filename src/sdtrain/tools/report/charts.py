@@ -56,6 +56,7 @@ class Chart:
         groups = {line.group: line.is_base for line in self.lines}
         dashes = [[5, 4] if is_base else [1, 0] for is_base in groups.values()]
         scale = {"type": "log"} if self.is_log else {"zero": False}
+        axis = {"tickCount": 4} if self.is_log else {}
         return {
             "$schema": _SCHEMA,
             "description": self.title,
@@ -66,7 +67,7 @@ class Chart:
             "mark": {"type": "line", "point": {"size": 18}, "strokeWidth": 1.75, "tooltip": True},
             "encoding": {
                 "x": {"field": "x", "type": "quantitative", "title": self.x, "scale": {"nice": False}},
-                "y": {"field": "y", "type": "quantitative", "title": self.y, "scale": scale},
+                "y": {"field": "y", "type": "quantitative", "title": self.y, "scale": scale, "axis": axis},
                 "detail": {"field": "line", "type": "nominal"},
                 "color": {"field": "group", "type": "nominal", "title": None, "scale": {"domain": list(groups)}},
                 "strokeDash": {

@@ -72,7 +72,10 @@ class Found:
 
     run: str
     worst: list[tuple[Worst, Picture]] = field(default_factory=list)
+    no_worst: str | None = None
+    """Why there are none."""
     neighbors: Neighbors | None = None
+    no_neighbors: str | None = None
     pairs: list[tuple[Pair, Picture, Picture]] = field(default_factory=list)
 
 
@@ -90,27 +93,27 @@ def validation_images(runs: list[Recorded], gallery: Gallery) -> list[Prompt]:
     return [Prompt(text, list(tracks.values())) for text, tracks in prompts.items()]
 
 
-def evaluation_images(run: Recorded, gallery: Gallery) -> tuple[Found, list[str]]:
-    """What `evaluate` found of a run; and why something of it is missing."""
-    folder, found, notes = run.outs[EVALUATION], Found(run.name), []
-    if not folder.files:
-        return found, [str(folder.missing)]
+def evaluation_images(run: Recorded, gallery: Gallery) -> Found:
+    """What `evaluate` found of a run."""
+    folder, found = run.outs[EVALUATION], Found(run.name)
     try:
         worst = _check(folder.json("worst.json"), list[Worst], "worst.json")
         pictures = [(entry, gallery.find(folder, entry.image)) for entry in worst]
         found.worst = [(entry, picture) for entry, picture in pictures if picture]
     except InputError as fault:
-        notes.append(str(fault))
+        found.no_worst = str(fault)
     try:
         found.neighbors = _check(folder.json("neighbors.json"), Neighbors, "neighbors.json")
     except InputError as fault:
-        notes.append(str(fault))
-        return found, notes
+        found.no_neighbors = str(fault)
+        return found
+    if found.neighbors.features is None:
+        found.no_neighbors = "it was evaluated without a model of features, so what is near isn't known"
     for pair in found.neighbors.pairs:
         sample, train = (gallery.find(folder, name) for name in (pair.sample, pair.train))
         if sample and train:
             found.pairs.append((pair, sample, train))
-    return found, notes
+    return found
 
 
 def _check(tree: Any, kind: type[T], name: str) -> T:
