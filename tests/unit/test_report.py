@@ -23,6 +23,7 @@ from sdtrain.tools.report.charts import Chart, Line, charts_of
 from sdtrain.tools.report.fit import Shown, fit
 from sdtrain.tools.report.matrix import Matrix, Row, sample_matrix
 from sdtrain.tools.report.numbers import differences, differences_table, faults_of, health_of, metrics_table
+from sdtrain.tools.report.others import validation_images
 from sdtrain.tools.report.recorded import Folder, Recorded, read_recorded
 from sdtrain.tools.report.thumbnails import LEVELS, Gallery
 from tests.unit.report_runs import (
@@ -250,13 +251,15 @@ def test_prompts_that_only_one_run_has_leave_the_other_cells_empty(project):
 
 def test_images_that_are_not_in_the_cache_are_said_and_the_rest_is_shown(project):
     shutil.rmtree(project / ".dvc" / "cache")
-    store(project, samples(20))
+    store(project, samples(20))  # HEAD's
     page = page_of(project, "HEAD", "fast-0")
     commit = git("rev-parse", "refs/exps/" + git("for-each-ref", "--format=%(refname)", "refs/exps/*/*/fast-0")[10:])
     text = re.sub(r"\s+", " ", Elements(page).text)
     assert (
         f"fast-0: data/samples isn't in DVC's cache; get it with git checkout {commit[:10]} and dvc fetch data/samples."
     ) in text
+    assert "HEAD: plots/validation isn't in DVC's cache" in text
+    assert str(project) not in page
     assert len(Elements(page).named("image")) == 7, "one of the base, two of each prompt; scales make no difference"
 
 
@@ -296,13 +299,28 @@ def test_the_workspace_is_read_from_disk(project):
     assert "workspace: there is no data/samples on disk." in Elements(page_of(project, "workspace")).text
 
 
+def test_a_run_without_validation_prompts_lacks_nothing(project):
+    add_experiment("plain", run_files(project, changed(lr=5e-3), 0.9, outs_of(50) | {"plots/validation": {}}))
+    prompts, notes = validation_images(recorded(project, "plain"), Gallery())
+    assert (prompts, notes) == ([], [])
+    assert "While they trained" not in page_of(project, "plain")
+
+
+def test_images_by_step_are_matched_by_their_prompts_and_in_order(made):
+    prompts, notes = validation_images(recorded(made, "HEAD", "fast-0"), Gallery())
+    assert [prompt.text for prompt in prompts] == list(PROMPTS[:2])
+    assert [[track.run for track in prompt.tracks] for prompt in prompts] == [["HEAD", "fast-0"]] * 2
+    assert [list(track.steps) for prompt in prompts for track in prompt.tracks] == [[5, 10, 20]] * 4
+    assert notes == []
+
+
 def test_broken_lists_are_said(project):
     outs = outs_of(50)
     outs["data/samples"]["samples.json"] = b"{"
     outs["data/evaluation"]["worst.json"] = b'[{"item": 3}]'
     add_experiment("odd", run_files(project, changed(lr=5e-3), 0.9, outs))
     text = Elements(page_of(project, "odd")).text
-    assert "odd: data/samples/samples.json can't be read as JSON" in text
+    assert "odd: data/samples/samples.json isn't valid JSON" in text
     assert "odd: data/evaluation/worst.json: 0.item: Input should be a valid string; run dvc repro evaluate." in text
 
 
@@ -315,15 +333,16 @@ def gallery_of(tmp_path: Path, num: int, size: int = 256) -> tuple[Gallery, Show
     for number in range(num):
         (tmp_path / f"{number}.png").write_bytes(noise(number, size))
         picture = gallery.add(tmp_path / f"{number}.png")
-        rows.append(Row(f"row {number}", [], "4", {}, [picture], 1 - number / num))
+        rows.append(Row(f"row {number}", [], "4", {}, [picture], 1 - number / 100))
     return gallery, Shown(Matrix(["base"], rows, ["4"]), [], [])
 
 
 def simple_page(images: dict[str, str], note: str) -> str:
-    return f"{note}\n{' '.join(images.values())}"
+    """Of whose megabyte a tenth is left for images."""
+    return f"{note}\n{'text ' * 180_000}\n{' '.join(images.values())}"
 
 
-@pytest.mark.parametrize(("num", "size"), [(10, 256), (40, 256), (320, 96)])
+@pytest.mark.parametrize(("num", "size"), [(1, 256), (4, 256), (40, 96)])
 def test_the_page_stays_below_its_size_by_quality_then_size_then_rows(tmp_path, num, size):
     gallery, shown = gallery_of(tmp_path, num, size)
     page = fit(shown, gallery, 1, simple_page)
@@ -332,12 +351,12 @@ def test_the_page_stays_below_its_size_by_quality_then_size_then_rows(tmp_path, 
     assert kept == [f"row {number}" for number in range(len(kept))], "those that changed least go first"
     note = page.splitlines()[0]
     assert ("left out" in note) == (len(kept) < num)
-    if num == 10:
+    if num == 1:
         assert "quality 90, at most 256 px" in note
         assert "To stay within" not in note
     else:
         assert "To stay within 1 MB they are reduced from quality 90 and 256 px" in note
-    if num == 320:
+    if num == 40:
         assert (LEVELS[-1].quality, LEVELS[-1].side_px) == (50, 96)
         assert "quality 50, at most 96 px" in note
         assert f"{num - len(kept)} rows or images left out" in note

@@ -28,6 +28,18 @@ from sdtrain.tools.report.thumbnails import Gallery
 
 FORMAT = 1
 """Of the JSON in the page; docs/report.md describes it."""
+_SECTIONS = {
+    "verdicts": "Verdicts",
+    "differences": "What differs",
+    "images": "Images",
+    "loss": "Loss",
+    "held-out": "Held-out images with the highest loss",
+    "neighbors": "Nearest training images",
+    "metrics": "All metrics",
+    "health": "Health and hardware",
+    "again": "Make it again",
+}
+"""In their order, by id."""
 
 
 def report(root: Path, runs: Sequence[Run], notes: Sequence[str], metrics: Sequence[str], max_mb: int) -> str:
@@ -46,8 +58,8 @@ def report(root: Path, runs: Sequence[Run], notes: Sequence[str], metrics: Seque
     comparisons = [compare(list(runs), metric) for metric in metrics]
     recorded = [read_recorded(root, run) for run in runs]
     gallery = Gallery()
-    matrix, image_notes = sample_matrix(recorded, gallery)
-    prompts = validation_images(recorded, gallery)
+    matrix, sample_notes = sample_matrix(recorded, gallery)
+    prompts, validation_notes = validation_images(recorded, gallery)
     found = [evaluation_images(run, gallery) for run in recorded]
     shown = Shown(matrix, prompts, found)
     differing, charts = differences(recorded), charts_of(recorded, _groups(comparisons[0], recorded))
@@ -62,7 +74,7 @@ def report(root: Path, runs: Sequence[Run], notes: Sequence[str], metrics: Seque
         "comparisons": [_comparison(comparison, recorded) for comparison in comparisons if len(runs) > 1],
         "differences": differences_table(differing, [run.name for run in recorded]),
         "matrix": matrix,
-        "image_notes": _grouped(image_notes, len(runs)),
+        "image_notes": _grouped(sample_notes + validation_notes, len(runs)),
         "prompts": prompts,
         "steps": sorted({step for prompt in prompts for track in prompt.tracks for step in track.steps}),
         "charts": charts,
@@ -75,23 +87,11 @@ def report(root: Path, runs: Sequence[Run], notes: Sequence[str], metrics: Seque
         "sizes": gallery.sizes,
     }
     data = _data(recorded, comparisons, differing, charts, faults, health, shown)
-    return fit(
-        shown, gallery, max_mb, lambda images, reduction: render({**view, "reduction": reduction}, data, images, root)
-    )
 
+    def page(images: dict[str, str], reduction: str) -> str:
+        return render({**view, "reduction": reduction}, data, images, root)
 
-_SECTIONS = {
-    "verdicts": "Verdicts",
-    "differences": "What differs",
-    "images": "Images",
-    "loss": "Loss",
-    "held-out": "Held-out images with the highest loss",
-    "neighbors": "Nearest training images",
-    "metrics": "All metrics",
-    "health": "Health and hardware",
-    "again": "Make it again",
-}
-"""In their order, by id."""
+    return fit(shown, gallery, max_mb, page)
 
 
 def _title(runs: Sequence[Recorded]) -> str:

@@ -79,8 +79,8 @@ class Found:
     pairs: list[tuple[Pair, Picture, Picture]] = field(default_factory=list)
 
 
-def validation_images(runs: list[Recorded], gallery: Gallery) -> list[Prompt]:
-    """Images by prompt, run and step; prompts in their order."""
+def validation_images(runs: list[Recorded], gallery: Gallery) -> tuple[list[Prompt], list[tuple[str, str]]]:
+    """Images by prompt, run and step, prompts in their order; and runs that lack them, with the reason."""
     prompts: dict[str, dict[str, Track]] = {}
     for run in runs:
         folder = run.outs[VALIDATION]
@@ -90,7 +90,8 @@ def validation_images(runs: list[Recorded], gallery: Gallery) -> list[Prompt]:
             if match and picture:
                 tracks = prompts.setdefault(_prompt_of(file) or match[1], {})
                 tracks.setdefault(run.name, Track(run.name, {})).steps[int(match[2])] = picture
-    return [Prompt(text, list(tracks.values())) for text, tracks in prompts.items()]
+    notes = [(run.name, reason) for run in runs if (reason := run.outs[VALIDATION].missing)]
+    return [Prompt(text, list(tracks.values())) for text, tracks in prompts.items()], notes
 
 
 def evaluation_images(run: Recorded, gallery: Gallery) -> Found:

@@ -31,7 +31,7 @@ class Folder:
     files: dict[str, Path]
     """Where each lies, by its path below the folder."""
     missing: str | None = None
-    """Why there are none, as the end of a sentence."""
+    """Why some or all can't be had, as the end of a sentence; None of a folder that is empty."""
 
     def json(self, name: str) -> Any:
         """A file's JSON tree.
@@ -43,8 +43,10 @@ class Folder:
             raise InputError(self.missing or f"{self.path} has no {name}")
         try:
             return json.loads(self.files[name].read_bytes())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.path}/{name} can't be read as JSON: {error}") from None
+        except OSError as error:
+            raise InputError(f"{self.path}/{name} can't be read: {error.strerror}") from None
+        except ValueError as error:
+            raise InputError(f"{self.path}/{name} isn't valid JSON: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _cache_folder(root: Path) -> Path:
 def _on_disk(root: Path, path: str) -> Folder:
     found = sorted(file for file in (root / path).rglob("*") if file.is_file())
     files = {file.relative_to(root / path).as_posix(): file for file in found}
-    return Folder(path, files, None if files else f"there is no {path} on disk")
+    return Folder(path, files, None if (root / path).is_dir() else f"there is no {path} on disk")
 
 
 def _in_cache(cache_folder: Path, run: Run, commit: str, path: str) -> Folder:
@@ -145,10 +147,9 @@ def _in_cache(cache_folder: Path, run: Run, commit: str, path: str) -> Folder:
         listed = json.loads(place(digest).read_bytes())
     except FileNotFoundError:
         return Folder(path, {}, f"{path} isn't in DVC's cache; {again}")
-    except (OSError, ValueError) as error:
-        return Folder(path, {}, f"{path}'s list in DVC's cache can't be read ({error}); {again}")
+    except (OSError, ValueError):
+        return Folder(path, {}, f"the list of {path} in DVC's cache is damaged; {again}")
     files = {entry["relpath"]: place(entry["md5"]) for entry in listed}
     there = {name: file for name, file in files.items() if file.is_file()}
-    if len(there) < len(files):
-        return Folder(path, there, f"of {path} {len(files) - len(there)} files aren't in DVC's cache; {again}")
-    return Folder(path, there, None if there else f"{path} is empty")
+    num_missing = len(files) - len(there)
+    return Folder(path, there, f"of {path} {num_missing} files aren't in DVC's cache; {again}" if num_missing else None)
