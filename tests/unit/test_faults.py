@@ -54,6 +54,16 @@ def test_a_run_that_learned_nothing_is_told_unless_it_started_from_another():
     assert faults(worse, branched=True) == []
 
 
+def test_a_learning_rate_far_too_low_is_told():
+    losses = [0.126, 0.123, 0.120, 0.117, 0.114, 0.111]
+    slow = [
+        VALIDATION[0] | {"step": 20 * place, "loss_raw": loss, "loss_ema": loss, "gap_hint": loss}
+        for place, loss in enumerate(losses)
+    ]
+    (told,) = faults(slow)
+    assert "a learning rate of 0.001 is too low, or the run too short" in told
+
+
 def test_what_a_run_has_not_recorded_is_not_judged():
     assert run_faults({"text_gap_trained": 0.0, "memorized_gain": 9.0}, [], [], 0.1, False) == []
 
