@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from signal import Signals
 
+from sdtrain.evaluation.faults import dropped_captions
 from sdtrain.ground.files import disk_errors_explained, is_sealed, new_folder, write_json
 from sdtrain.methods.checkpoints import copy_checkpoint, save_checkpoint
 from sdtrain.params.schema import Params
@@ -19,8 +20,6 @@ from sdtrain.training.selection import Candidate, ranked
 from sdtrain.training.step import optimizer_step
 from sdtrain.training.validation import draw_images, validate
 
-_MOST_DROPPED = 0.9
-"""A run that drops a larger share of its captions learns nothing from them."""
 _ADVICE = (
     "Look at its images before you use it. Usual causes: train.lr is too low, the run is too short, or the data's "
     "captions or conditions don't belong to their images."
@@ -131,12 +130,8 @@ def write_outs(run: Run, step: int) -> None:
     write_json(files.metrics, summary(run, step))
     if run.spec.origin is None and (fault := run.curves.learning_fault()):  # a branch has learned before
         print(f"WARNING: {fault}", file=sys.stderr)
-    if (dropped := run.spec.params.train.caption_dropout) > _MOST_DROPPED:
-        print(
-            f"WARNING: train.caption_dropout = {dropped}: training hardly saw a caption, so prompts do what they did "
-            "before it; 0.1 is usual",
-            file=sys.stderr,
-        )
+    if fault := dropped_captions(run.spec.params.train.caption_dropout):
+        print(f"WARNING: {fault}", file=sys.stderr)
     if sentences := run.curves.unused_conditions():
         print("\n".join(["WARNING: the model ignores what it is told:", *sentences, _ADVICE]), file=sys.stderr)
 

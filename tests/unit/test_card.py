@@ -309,7 +309,24 @@ def test_the_front_matter_is_of_the_hub_and_sets_no_licence(case):
     assert head["library_name"] == "diffusers"
     assert head["pipeline_tag"] == ("image-to-image" if name == "ic_light" else "text-to-image")
     assert head["tags"] == ["stable-diffusion", "sdtrain", name, *(["relighting"] if name == "ic_light" else [])]
-    assert not {"license", "model-index"} & set(head)
+    assert "license" not in head
+
+
+def test_the_front_matter_has_the_trained_models_metrics(case):
+    """As the hub reads them: every number of the trained model, its interval's bounds not among them."""
+    head, _ = parse(case.card())
+    (index,) = head["model-index"]
+    (result,) = index["results"]
+    dataset = case.config["params"]["dataset"]
+    images = one_line(dataset["repo"]) if dataset["repo"] else dataset["source"]
+    assert index["name"] == case.config["export"]["name"]
+    assert result["task"] == {"type": head["pipeline_tag"]}
+    assert result["dataset"] == {"type": images, "name": f"held-out images ({images})"}
+    numbers = json.loads(case.metrics.read_text())
+    found = {f"{metric['type']}_trained": metric["value"] for metric in result["metrics"]}
+    assert found == {name: value for name, value in numbers.items() if name.endswith("_trained")}
+    assert found["held_out_loss_trained"] > 0
+    assert ModelCard(case.card()).data.eval_results
 
 
 def test_the_card_is_the_same_each_time(case):

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from sdtrain.card.images import images
 from sdtrain.card.recorded import Model, read_model
-from sdtrain.card.results import results
+from sdtrain.card.results import eval_results, results
 from sdtrain.card.usage import usage
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import new_folder, write_text
@@ -49,7 +49,7 @@ def write_card(
     found, grid, drawn = read_model(model, base), _find_grid(samples), Samples.read(samples)
     shown = sample if sample.num_held_out is None else sample.model_copy(update={"prompts": drawn.texts})
     sections = [
-        f"---\n{_front_matter(found).to_yaml()}\n---",
+        f"---\n{_front_matter(found, metrics).to_yaml()}\n---",
         _title(found),
         images(found, shown, seed, grid.name, [name for name in drawn.models if name not in ("base", "trained")]),
         results(found, evaluate, metrics, accuracy_table, relighting_table),
@@ -76,15 +76,19 @@ def _find_grid(samples: Path) -> Path:
     return grid
 
 
-def _front_matter(model: Model) -> ModelCardData:
+def _front_matter(model: Model, metrics: Path) -> ModelCardData:
     """The card's YAML header, without a licence: that is the user's to choose."""
     source, dataset = model.unet_source, model.config.params.dataset
     relation = "finetune" if model.files.lora is None and model.files.controlnet is None else "adapter"
     # On one line, because PyYAML writes some line breaks (U+0085) so that they are read as spaces.
     base_model = one_line(source.repo) if source and source.repo else None
+    task = "text-to-image" if model.ic_light is None else "image-to-image"
+    source = one_line(dataset.repo) if dataset.repo else dataset.source
     return ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image" if model.ic_light is None else "image-to-image",
+        pipeline_tag=task,
+        model_name=model.config.export.name,
+        eval_results=eval_results(metrics, f"held-out images ({source})", source, task),
         base_model=base_model,
         base_model_relation=relation if base_model else None,
         datasets=[one_line(dataset.repo)] if dataset.repo else None,

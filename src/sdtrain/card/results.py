@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, TypeVar
 
+from huggingface_hub import EvalResult
 from pydantic import BaseModel, FiniteFloat, StringConstraints
 
 from sdtrain.card.recorded import Model, check, read_recorded
@@ -104,6 +105,32 @@ def results(model: Model, evaluate: EvaluateParams, metrics: Path, accuracy_tabl
     lines = "\n".join(f"| {' | '.join(row)} |" for row in table)
     notes = _notes(model, evaluate, numbers, bool(accuracies), bool(relighting))
     return f"## Results\n\n{lines}\n\n{' '.join(notes)}"
+
+
+def eval_results(metrics: Path, dataset: str, source: str, task: str) -> list[EvalResult]:
+    """The trained model's metrics, as `model-index` in the card's header has them for the hub.
+
+    Args:
+        dataset: what the metrics are of, in words; some are of prompts about the same world.
+        source: the images' repository, or what kind of data set they are.
+        task: the hub's name of what the model does.
+
+    Raises:
+        InputError: the file is missing or broken.
+    """
+    numbers = read_recorded(metrics, dict[_Name, FiniteFloat], _STAGE)
+    stems = [name.removesuffix("_trained") for name in numbers if name.endswith("_trained")]
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_name=dataset,
+            dataset_type=source,
+            metric_type=stem,
+            metric_name=stem.replace("_", " "),
+            metric_value=numbers[f"{stem}_trained"],
+        )
+        for stem in stems
+    ]
 
 
 def _read_table(table: Path, kind: type[_Row]) -> dict[str, _Row]:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdtrain.ground.errors import InputError
-
 if TYPE_CHECKING:
     from sdtrain.tools.compare import Comparison
+
+DEFAULT_METRIC = "held_out_loss_trained"
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -19,35 +19,35 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="rank recipes by a metric, with verdicts over training seeds",
         description="Rank recipes by a metric. Runs that differ in train.seed alone are replicates of one recipe.",
     )
-    command.add_argument(
-        "revs",
-        nargs="*",
-        metavar="REV",
-        help="experiment, branch, tag, commit or workspace; without one HEAD and its experiments",
-    )
+    add_revs(command)
     add_metric(command)
     command.add_argument("--baseline", metavar="REV", help="a run of the recipe that the others are held against")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_compare)
 
 
+def add_revs(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "revs",
+        nargs="*",
+        metavar="REV",
+        help="experiment, branch, tag, commit or workspace; without one HEAD and its experiments",
+    )
+
+
 def add_metric(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--metric", default="held_out_loss_trained", help="a number of metrics/*.json (%(default)s)")
+    command.add_argument("--metric", default=DEFAULT_METRIC, help="a number of metrics/*.json (%(default)s)")
 
 
 def _compare(options: argparse.Namespace) -> None:
     from sdtrain.tools.compare import compare
-    from sdtrain.tools.compare.runs import read_experiments, read_run
+    from sdtrain.tools.compare.runs import read_run, read_runs
     from sdtrain.tools.compare.text import as_json
 
-    root, notes = Path(), []
-    runs = [read_run(root, rev) for rev in dict.fromkeys(options.revs)]
-    if not options.revs:
-        runs, notes = read_experiments(root)
+    root = Path()
+    runs, notes = read_runs(root, options.revs)
     if options.baseline is not None and options.baseline not in {run.name for run in runs}:
         runs.append(read_run(root, options.baseline))
-    if not runs:
-        raise InputError("\n".join(["there is no run to compare; run `dvc exp run`", *notes]))
     comparison = compare(runs, options.metric, options.baseline)
     comparison = replace(comparison, notes=notes + comparison.notes)
     if options.json:

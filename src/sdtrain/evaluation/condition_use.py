@@ -3,8 +3,10 @@
 A training loss can't tell: a ControlNet that ignores its hints draws good images all the same.
 """
 
-from sdtrain.evaluation.held_out import TEXT
+from collections.abc import Mapping, Sequence
 
+_TEXT = "text"
+"""`held_out.TEXT`, which comes with torch."""
 _USED_SHARE = 0.1
 """A condition counts as used if the held-out loss rises by this share with another image's."""
 _LEAST_SHARE = 0.002
@@ -23,8 +25,8 @@ def unused(condition: str, gap: float | None, loss: float, base_share: float | N
         loss: the held-out loss.
         base_share: the base's own gap, as a share of its loss; None if all images have the same.
     """
-    name = "caption" if condition == TEXT else condition
-    if condition == TEXT and (base_share is None or base_share / 2 < _LEAST_SHARE):
+    name = "caption" if condition == _TEXT else condition
+    if condition == _TEXT and (base_share is None or base_share / 2 < _LEAST_SHARE):
         return None
     if gap is None:
         return (
@@ -32,7 +34,7 @@ def unused(condition: str, gap: float | None, loss: float, base_share: float | N
             f"data set's {name}s (if only one image is held out, this can't be told: hold out more)"
         )
     needed = _USED_SHARE
-    if condition == TEXT:
+    if condition == _TEXT:
         needed = min(needed, base_share / 2)
     if gap >= needed * loss:
         return None
@@ -40,3 +42,18 @@ def unused(condition: str, gap: float | None, loss: float, base_share: float | N
         f"the model hardly uses the {name}: with another image's {name} its held-out loss changes by {gap:+.5f}, "
         f"{100 * gap / loss:+.1f} % (if it used it, by {100 * needed:.2g} % or more)"
     )
+
+
+def unused_at_last(validation: Sequence[Mapping[str, float | None]]) -> dict[str, str]:
+    """Which conditions the model seems to ignore at the last validation: a sentence for each, by the condition's name.
+
+    Args:
+        validation: rows of metrics/validation.csv; the first is before training.
+    """
+    base, last = validation[0], validation[-1]
+    loss, found = last.get("loss_ema", last["loss_raw"]), {}
+    for name in (name for name in last if name.startswith("gap_")):
+        share = None if base[name] is None else base[name] / base["loss_raw"]
+        condition = name.removeprefix("gap_")
+        found[condition] = unused(condition, last[name], loss, share)
+    return {condition: sentence for condition, sentence in found.items() if sentence}

@@ -16,14 +16,12 @@ import sys
 import numpy as np
 from transformers import CLIPTokenizer
 
+from sdtrain.evaluation.faults import memorized
 from sdtrain.evaluation.held_out import HeldOut
 from sdtrain.evaluation.loss_metrics import Denoiser
 from sdtrain.ground.statistics import Difference, welch_difference
 from sdtrain.ground.values import Values
 from sdtrain.models.parts import tokenize
-
-_MEMORIZED_SHARE = 0.1
-"""Told if the loss of training images is lower than that of others by this share of the held-out loss."""
 
 
 def memorization_metrics(
@@ -74,14 +72,9 @@ def memorization_metrics(
             f"memorized_{probe}_ci_low": excess.ci_low,
             f"memorized_{probe}_ci_high": excess.ci_high,
         }
-        if probe == "gain" and excess.ci_low > 0 and excess.mean > _MEMORIZED_SHARE * held_out_loss:
-            print(
-                f"WARNING: the model memorises: the loss of its training images is {excess.mean:.5f} "
-                f"({excess.ci_low:.5f} to {excess.ci_high:.5f}) lower than that of held-out ones as hard, "
-                f"{100 * excess.mean / held_out_loss:.0f} % of the held-out loss; train for fewer steps, or on more "
-                "images",
-                file=sys.stderr,
-            )
+        told = (excess.mean, excess.ci_low, excess.ci_high, held_out_loss)
+        if probe == "gain" and (fault := memorized(*told)):
+            print(f"WARNING: {fault}", file=sys.stderr)
     return {name: float(number) for name, number in numbers.items()}
 
 

@@ -36,6 +36,11 @@ def head_commit(root: Path) -> str:
     return _git(root, "rev-parse", "--verify", "HEAD^{commit}").decode().strip()
 
 
+def commit_time(root: Path, commit: str) -> str:
+    """When a commit was made, in its own time zone: ISO 8601, e.g. `2026-11-28T22:14:37+01:00`."""
+    return _git(root, "show", "--no-patch", "--format=%cI", commit).decode().strip()
+
+
 def experiments(root: Path) -> list[Experiment]:
     """All experiments of the repository, by name."""
     lines = _git(root, "for-each-ref", "--format=%(refname) %(objectname)", "refs/exps").decode().splitlines()

@@ -18,7 +18,8 @@ from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json, write_json
 
 IMAGES, GRID = "images", "grid.png"
-_NAME, _AGAIN = "samples.json", "run `dvc repro sample`"
+LIST = "samples.json"
+_AGAIN = "run `dvc repro sample`"
 
 
 class _Record(BaseModel):
@@ -79,18 +80,25 @@ class Samples(_Record):
         Raises:
             InputError: it is missing or broken; names the file.
         """
-        path = folder / _NAME
+        path = folder / LIST
         try:
-            return cls.model_validate(read_json(path))
+            tree = read_json(path)
         except InputError as fault:
             raise InputError(f"{fault}; {_AGAIN}") from None
+        return cls.parse(tree, str(path))
+
+    @classmethod
+    def parse(cls, tree: object, name: str) -> Self:
+        """The list of a JSON tree; an `InputError` begins with `name`."""
+        try:
+            return cls.model_validate(tree)
         except ValidationError as error:
             fault = error.errors()[0]
-            raise InputError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}; {_AGAIN}") from None
+            raise InputError(f"{name}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}; {_AGAIN}") from None
 
     def write(self, folder: Path) -> None:
         """Write it to its folder."""
-        write_json(folder / _NAME, self.model_dump(mode="json"))
+        write_json(folder / LIST, self.model_dump(mode="json"))
 
 
 def scale_text(guidance_scale: float) -> str:

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sdtrain.evaluation.condition_use import unused
+from sdtrain.evaluation.condition_use import unused_at_last
 from sdtrain.evaluation.learning import learning_fault
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import write_text
@@ -211,12 +211,7 @@ class Curves:
 
     def unused_conditions(self) -> list[str]:
         """Which conditions the model seems to ignore at the last validation, a sentence each."""
-        base, last = self.validation_rows[0], self.validation_rows[-1]
-        loss, sentences = last.get("loss_ema", last["loss_raw"]), []
-        for name in (name for name in last if name.startswith("gap_")):
-            share = None if base[name] is None else base[name] / base["loss_raw"]
-            sentences.append(unused(name.removeprefix("gap_"), last[name], loss, share))
-        return [sentence for sentence in sentences if sentence]
+        return list(unused_at_last(self.validation_rows).values())
 
     def learning_fault(self) -> str | None:
         """Why the run seems to have a wrong learning rate or length, in a sentence."""

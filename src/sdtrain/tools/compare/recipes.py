@@ -11,7 +11,8 @@ from sdtrain.tools.compare.runs import Run
 
 _METRICS_OUT = "metrics/evaluate.json"
 _SEED = "train.seed"
-_CODE = ("src/", "stages/")
+CODE = ("src/", "stages/")
+"""Folders of the inputs that are code; all others are data."""
 _ABSENT = object()
 _MAX_NAME_CHARS = 100
 
@@ -90,7 +91,7 @@ def origin_of(run: Run) -> tuple[Origin, int | None]:
     read: dict[str, frozenset[str]] = {}
     seeded: set[str] = set()
     for stage in _up_to(makers[_METRICS_OUT], stages, makers):
-        own = {key: value for tree in stages[stage].get("params", {}).values() for key, value in _leaves(tree)}
+        own = {key: value for tree in stages[stage].get("params", {}).values() for key, value in leaves(tree)}
         deps = {dep["path"]: _hash(dep) for dep in stages[stage].get("deps", [])}
         stale = [key for key, value in own.items() if params.get(key, value) != value]
         stale += [path for path, digest in deps.items() if made.get(path, digest) != digest]
@@ -125,11 +126,11 @@ def _up_to(last: str, stages: dict[str, Any], makers: dict[str, str]) -> list[st
     return order
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """By dotted key; an empty mapping is a leaf."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -140,7 +141,7 @@ def _hash(entry: dict[str, Any]) -> str:
 
 def _changed_since(run: Run, used: dict[str, Any]) -> list[str]:
     """A note if params.yaml has another value than the metrics were made with."""
-    written = dict(_leaves(run.params))
+    written = dict(leaves(run.params))
     changed = [key for key, value in used.items() if key in written and written[key] != value]
     return [
         f"{run.name}: params.yaml has {key} = {written[key]!r}, but the metrics were made with {used[key]!r} and count "
@@ -149,21 +150,21 @@ def _changed_since(run: Run, used: dict[str, Any]) -> list[str]:
     ]
 
 
-def _varying(origins: list[Origin]) -> list[str]:
+def varying(origins: list[Origin]) -> list[str]:
     """Keys and paths that differ, without what was made from others that do."""
     facts = [origin.params | origin.inputs for origin in origins]
     names = list(dict.fromkeys(name for found in facts for name in found))
-    varying = {n for n in names if any(found.get(n, _ABSENT) != facts[0].get(n, _ABSENT) for found in facts)}
+    differing = {n for n in names if any(found.get(n, _ABSENT) != facts[0].get(n, _ABSENT) for found in facts)}
     causes = {name: set().union(*(origin.causes.get(name, ()) for origin in origins)) for name in names}
-    return [name for name in names if name in varying and not causes[name] & varying]
+    return [name for name in names if name in differing and not causes[name] & differing]
 
 
 def _names(recipes: list[Recipe]) -> list[str]:
     """What differs between them, `train.lr 0.0001, data/set 1a2b3c`; their first runs' names if that is too much."""
-    varying = _varying([recipe.origin for recipe in recipes])
-    code = [name for name in varying if name.startswith(_CODE)]
+    differing = varying([recipe.origin for recipe in recipes])
+    code = [name for name in differing if name.startswith(CODE)]
     code = [name for name in code if not any(name.startswith(f"{folder}/") for folder in code)]
-    others = [name for name in varying if not name.startswith(_CODE)]
+    others = [name for name in differing if not name.startswith(CODE)]
     names = []
     for recipe in recipes:
         facts = [_in_words(name, recipe.origin) for name in others]

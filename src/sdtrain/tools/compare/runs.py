@@ -1,6 +1,7 @@
 """Reads runs: what the pipeline recorded in git, or on disk, of params, code, data and metrics."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,20 @@ def read_experiments(root: Path) -> tuple[list[Run], list[str]]:
             runs.append(_read_commit(root, name, commit, head))
         except InputError as fault:
             faults.append(f"left out: {fault}")
+    return runs, faults
+
+
+def read_runs(root: Path, revs: Sequence[str]) -> tuple[list[Run], list[str]]:
+    """The runs of these revisions, as `read_run`; without any, as `read_experiments`.
+
+    Raises:
+        InputError: `read_run`'s; or there is no run at all, and why.
+    """
+    if revs:
+        return [read_run(root, rev) for rev in dict.fromkeys(revs)], []
+    runs, faults = read_experiments(root)
+    if not runs:
+        raise InputError("\n".join(["there is no run to compare; run `dvc exp run`", *faults]))
     return runs, faults
 
 

@@ -87,7 +87,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     if found := comparison.checkpoints:
         bounds = {"ci_low": found.ci_low, "ci_high": found.ci_high}
         tree["checkpoints"] = {"difference": found.mean, **bounds, "num_images": found.num_images}
-    return _finite(tree)
+    return finite(tree)
 
 
 def _verdict_cells(verdict: Verdict | None) -> tuple[str, str, str, str]:
@@ -166,12 +166,12 @@ def _verdict_tree(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _finite(tree: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+def finite(tree: Any) -> Any:
+    """The tree with null for NaN and infinity, which JSON doesn't have."""
     if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
+        return {key: finite(value) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_finite(value) for value in tree]
+        return [finite(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 

@@ -1,0 +1,251 @@
+"""The report's numbers: what is wrong with a run, what differs between runs, all metrics, and how training went."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from sdtrain.evaluation.faults import run_faults
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.metric_names import better_direction
+from sdtrain.tools.compare.recipes import CODE, Origin, leaves, origin_of, varying
+from sdtrain.tools.report.recorded import CHECKPOINTS, Recorded
+
+_SEED = "train.seed"
+_MODELS = ("base", "trained", "floor", "copy", "vae")
+"""With which a metric's name can end: models, and what a metric is worth without one."""
+_ABSENT = "–"
+_MAX_VALUE_CHARS = 80
+
+
+def settings_of(run: Recorded) -> tuple[dict[str, Any], Origin | None]:
+    """All params that a run was made with, by dotted key; and what its metrics follow from, if its dvc.lock tells."""
+    written = dict(leaves(run.run.params))
+    try:
+        origin, seed = origin_of(run.run)
+    except InputError:
+        return written, None
+    return written | origin.params | {_SEED: seed}, origin
+
+
+def faults_of(run: Recorded) -> list[str]:
+    """What is wrong with a run, a sentence each."""
+    settings, _ = settings_of(run)
+    validation = run.table("validation.csv", ["step", "loss_raw"])
+    train = run.table("train.csv", ["step", "lr"])
+    dropout = settings.get("train.caption_dropout")
+    return run_faults(
+        run.numbers("evaluate.json"),
+        validation,
+        train,
+        dropout if isinstance(dropout, int | float) else 0.0,
+        settings.get("train.resume") == "branch",
+    )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that isn't the same in all runs."""
+
+    name: str
+    """A param's dotted key, or a path of code or data."""
+    kind: str
+    """`param`, `data` or `code`."""
+    moves_metrics: bool
+    """Whether the metrics follow from it; a param of `sample` decides on images alone."""
+    values: list[str]
+    """A run each."""
+
+
+def differences(runs: Sequence[Recorded]) -> list[Difference]:
+    """What differs between runs, without what was made from something that does; of one run nothing."""
+    found = [settings_of(run) for run in runs]
+    origins = [origin for _, origin in found if origin]
+    used = {_SEED, *(key for origin in origins for key in origin.params)}
+    keys = dict.fromkeys(key for settings, _ in found for key in settings)
+    params = [
+        Difference(key, "param", key in used, [_value(settings, key) for settings, _ in found])
+        for key in keys
+        if any(settings.get(key, _ABSENT) != found[0][0].get(key, _ABSENT) for settings, _ in found)
+    ]
+    paths = [name for name in (varying(origins) if origins else []) if any(name in origin.inputs for origin in origins)]
+    hashes = [origin.inputs if origin else {} for _, origin in found]
+    files = [
+        Difference(
+            path,
+            "code" if path.startswith(CODE) else "data",
+            True,
+            [inputs[path][:7] if path in inputs else _ABSENT for inputs in hashes],
+        )
+        for path in paths
+    ]
+    return params + sorted(files, key=lambda difference: difference.kind, reverse=True)
+
+
+def differences_table(differing: Sequence[Difference], names: Sequence[str]) -> list[list[str]]:
+    """Head and rows, lying so that there are more rows than columns; empty if nothing differs."""
+    heads = [
+        difference.name
+        + {"data": " (data)", "code": " (code)"}.get(difference.kind, "")
+        + ("" if difference.moves_metrics else " (moves no metric)")
+        for difference in differing
+    ]
+    columns = [["", *names], *([head, *found.values] for head, found in zip(heads, differing, strict=True))]
+    if not differing:
+        return []
+    return columns if len(differing) > len(names) else [list(row) for row in zip(*columns, strict=True)]
+
+
+@dataclass
+class Cell:
+    """A metric of one run."""
+
+    value: str = ""
+    interval: str = ""
+    num: str = ""
+    others: list[tuple[str, str]] = field(default_factory=list)
+    """Of other models, and the base's where it isn't the same in all runs."""
+
+
+@dataclass
+class Metric:
+    """A metric of all runs."""
+
+    name: str
+    better: str
+    """`lower`, `higher`, or nothing if neither is better."""
+    base: str
+    """Of all runs, if it is the same; else empty."""
+    cells: list[Cell]
+
+
+def metrics_table(runs: Sequence[Recorded]) -> list[Metric]:
+    """Every number of `metrics/evaluate.json` by name, with its interval and N where they are known."""
+    numbers = [run.numbers("evaluate.json") for run in runs]
+    bounds = [_bounds(run, found) for run, found in zip(runs, numbers, strict=True)]
+    stems: dict[str, None] = {}
+    for found in numbers:
+        stems |= dict.fromkeys(_split(name)[0] for name in found if not _is_bound(name, found))
+    table = []
+    for stem in stems:
+        cells = [_cell(stem, found, known) for found, known in zip(numbers, bounds, strict=True)]
+        bases = {dict(cell.others).get("base", "") for cell in cells}
+        base = bases.pop() if len(bases) == 1 else ""
+        if base:
+            for cell in cells:
+                cell.others = [other for other in cell.others if other[0] != "base"]
+        trained = f"{stem}_trained"
+        better = better_direction(trained) if any(trained in found for found in numbers) else None
+        table.append(Metric(stem, better or "", base, cells))
+    return table
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Of `held_out_loss_base` the metric and the model; of a number without one the whole name."""
+    stem, _, model = name.rpartition("_")
+    return (stem, model) if stem and model in _MODELS else (name, "")
+
+
+def _is_bound(name: str, numbers: dict[str, float]) -> bool:
+    return any(name.removesuffix(end) in numbers for end in ("_ci_low", "_ci_high", "_num") if name.endswith(end))
+
+
+def _bounds(run: Recorded, numbers: dict[str, float]) -> dict[str, tuple[float, float, float | None]]:
+    """95 % intervals, and N if it is known, by the number's name: those beside it, and those of the tables."""
+    found = {
+        name: (numbers[f"{name}_ci_low"], numbers[f"{name}_ci_high"], numbers.get(f"{name}_num"))
+        for name in numbers
+        if f"{name}_ci_low" in numbers and f"{name}_ci_high" in numbers
+    }
+    for table, stem in (("prompt_accuracy.csv", "{prompts}_{attribute}_accuracy"), ("relighting.csv", "{metric}")):
+        for row in run.texts(table):
+            if not {"model", "ci_low", "ci_high", "num"} <= row.keys():
+                continue
+            name = f"{stem.format(**row)}_{row['model']}"
+            found[name] = (float(row["ci_low"]), float(row["ci_high"]), float(row["num"]))
+    return found
+
+
+def _cell(stem: str, numbers: dict[str, float], bounds: dict[str, tuple[float, float, float | None]]) -> Cell:
+    own = f"{stem}_trained" if f"{stem}_trained" in numbers else stem
+    others = [
+        (model, " ".join(filter(None, [_text(numbers[name]), _interval(bounds.get(name))])))
+        for model in _MODELS
+        if (name := f"{stem}_{model}") in numbers and name != own
+    ]
+    num = bounds[own][2] if own in bounds else None
+    if num is None and (stem.startswith("held_out_loss") or stem.endswith("_gap")):
+        num = numbers.get("num_held_out")
+    value = _text(numbers[own]) if own in numbers else ""
+    return Cell(value, _interval(bounds.get(own)), "" if num is None or not value else f"{num:.0f}", others)
+
+
+def _interval(bounds: tuple[float, float, float | None] | None) -> str:
+    return "" if bounds is None else f"({_text(bounds[0])} to {_text(bounds[1])})"
+
+
+def _text(number: float) -> str:
+    return f"{number:,.0f}" if isinstance(number, int) else f"{number:.4g}"
+
+
+def _value(settings: dict[str, Any], key: str) -> str:
+    if key not in settings:
+        return _ABSENT
+    value = settings[key]
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _MAX_VALUE_CHARS else f"{text[:_MAX_VALUE_CHARS]}…"
+
+
+def health_of(run: Recorded) -> dict[str, str]:
+    """How a run's data and training went, on what and when, by what it is; what isn't recorded is left out."""
+    dataset, cache, train = (run.numbers(f"{name}.json") for name in ("dataset", "precompute", "train"))
+    speed = run.table("train_speed.csv", ["samples_per_sec", "data_wait", "peak_memory_gib", "num_processes"])
+    norms = [
+        (row["grad_norm"], row["grad_norm_clip"]) for row in run.table("train.csv", ["grad_norm", "grad_norm_clip"])
+    ]
+    clipped = [clip < norm for norm, clip in norms if None not in (norm, clip)]
+    config = _config(run)
+    found: dict[str, str | None] = {
+        "images dropped": _of(dataset, "num_dropped", "num_inputs"),
+        "images scaled up": _of(cache, "num_upscaled"),
+        "captions cut off": _of(cache, "num_truncated_captions"),
+        "standard deviation of the latents": _of(cache, "latents_std"),
+        "steps": _of(train, "num_steps"),
+        "best step": _of(train, "best_step"),
+        "skipped steps": _of(train, "num_skipped_steps"),
+        "trained parameters": _of(train, "num_parameters"),
+        "clipped gradients, of logged steps": f"{100 * sum(clipped) / len(clipped):.0f} %" if clipped else None,
+    }
+    if speed:
+        by_column = {name: [row[name] for row in speed if row[name] is not None] for name in speed[0]}
+        found |= {
+            "images per second, median": f"{median(by_column['samples_per_sec']):.4g}",
+            "time spent waiting for data, median": f"{100 * median(by_column['data_wait']):.2g} %",
+            "peak memory": f"{max(by_column['peak_memory_gib']):.3g} GiB",
+            "processes": f"{by_column['num_processes'][-1]:.0f}",
+        }
+    libraries = config.get("identity", {}).get("libraries", {})
+    found |= {
+        "libraries": ", ".join(f"{name} {version}" for name, version in libraries.items() if version) or None,
+        "run": config.get("fingerprint"),
+        "trained with the code of commit": (config.get("git_commit") or "")[:10] or None,
+        "committed": run.time,
+    }
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _config(run: Recorded) -> dict[str, Any]:
+    """What a checkpoint records of its run."""
+    for place in ("best", "last"):
+        try:
+            return run.outs[CHECKPOINTS].json(f"{place}/training_config.json")
+        except InputError:
+            continue
+    return {}
+
+
+def _of(numbers: dict[str, float], name: str, total: str | None = None) -> str | None:
+    if name not in numbers:
+        return None
+    return _text(numbers[name]) + (f" of {_text(numbers[total])}" if total in numbers else "")

@@ -1,0 +1,138 @@
+"""Images beside the matrix: what models drew while they trained, and what `evaluate` found."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
+
+from sdtrain.ground.errors import InputError
+from sdtrain.tools.report.recorded import EVALUATION, VALIDATION, Recorded
+from sdtrain.tools.report.thumbnails import Gallery, Picture
+
+T = TypeVar("T")
+
+
+@dataclass
+class Track:
+    """One run's images of a prompt while it trained."""
+
+    run: str
+    steps: dict[int, Picture]
+
+
+@dataclass
+class Prompt:
+    """Images of a prompt while the runs trained."""
+
+    text: str
+    tracks: list[Track]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Worst(_Record):
+    """A held-out image with a high loss, as `data/evaluation/worst.json` has it."""
+
+    item: str
+    text: str
+    image: str
+    loss_base: FiniteFloat
+    loss_trained: FiniteFloat
+
+
+class Pair(_Record):
+    """A generated image and the training image that is nearest to it."""
+
+    text: str
+    sample: str
+    train: str
+    item: str
+    distance: FiniteFloat
+    ratio: FiniteFloat
+    """Distance over the one that nearly all held-out images have, `threshold`."""
+
+
+class Neighbors(_Record):
+    """As `data/evaluation/neighbors.json` has them, nearest first."""
+
+    features: str | None
+    num_samples: int
+    threshold: FiniteFloat
+    pairs: list[Pair]
+
+
+@dataclass
+class Found:
+    """What `evaluate` found of one run."""
+
+    run: str
+    worst: list[tuple[Worst, Picture]] = field(default_factory=list)
+    no_worst: str | None = None
+    """Why there are none."""
+    neighbors: Neighbors | None = None
+    no_neighbors: str | None = None
+    pairs: list[tuple[Pair, Picture, Picture]] = field(default_factory=list)
+
+
+def validation_images(runs: list[Recorded], gallery: Gallery) -> tuple[list[Prompt], list[tuple[str, str]]]:
+    """Images by prompt, run and step, prompts in their order; and runs that lack them, with the reason."""
+    prompts: dict[str, dict[str, Track]] = {}
+    for run in runs:
+        folder = run.outs[VALIDATION]
+        for name, file in sorted(folder.files.items(), key=lambda item: _by_number(item[0])):
+            match = re.fullmatch(r"([^/]+)/(\d+)\.png", name)
+            picture = gallery.add(file) if match else None
+            if match and picture:
+                tracks = prompts.setdefault(_prompt_of(file) or match[1], {})
+                tracks.setdefault(run.name, Track(run.name, {})).steps[int(match[2])] = picture
+    notes = [(run.name, reason) for run in runs if (reason := run.outs[VALIDATION].missing)]
+    return [Prompt(text, list(tracks.values())) for text, tracks in prompts.items()], notes
+
+
+def evaluation_images(run: Recorded, gallery: Gallery) -> Found:
+    """What `evaluate` found of a run."""
+    folder, found = run.outs[EVALUATION], Found(run.name)
+    try:
+        worst = _check(folder.json("worst.json"), list[Worst], "worst.json")
+        pictures = [(entry, gallery.find(folder, entry.image)) for entry in worst]
+        found.worst = [(entry, picture) for entry, picture in pictures if picture]
+    except InputError as fault:
+        found.no_worst = str(fault)
+    try:
+        found.neighbors = _check(folder.json("neighbors.json"), Neighbors, "neighbors.json")
+    except InputError as fault:
+        found.no_neighbors = str(fault)
+        return found
+    if found.neighbors.features is None:
+        found.no_neighbors = "it was evaluated without a model of features, so what is near isn't known"
+    for pair in found.neighbors.pairs:
+        sample, train = (gallery.find(folder, name) for name in (pair.sample, pair.train))
+        if sample and train:
+            found.pairs.append((pair, sample, train))
+    return found
+
+
+def _check(tree: Any, kind: type[T], name: str) -> T:
+    try:
+        return TypeAdapter(kind).validate_python(tree)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise InputError(f"{EVALUATION}/{name}: {place}: {fault['msg']}; run `dvc repro evaluate`") from None
+
+
+def _by_number(name: str) -> list:
+    """So that 2 comes before 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _prompt_of(file: Path) -> str | None:
+    """What the image was drawn from, as `training/images.py` notes it."""
+    with Image.open(file) as image:
+        text = getattr(image, "text", {})
+    return text.get("prompt")
