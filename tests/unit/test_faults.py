@@ -39,6 +39,14 @@ def test_memorised_images_are_told_from_a_tenth_of_the_loss_on_if_it_is_sure(gai
     assert len(faults(memorized_gain=gain, memorized_gain_ci_low=low)) == is_told
 
 
+@pytest.mark.parametrize(("low", "is_told"), [(0.1, False), (0.11, True)])
+def test_a_model_that_surely_copies_twice_as_often_as_held_out_images_lie_near_is_told(low, is_told):
+    copies = {"near_copy_share_dinov2_small_trained": 0.2, "near_copy_share_dinov2_small_trained_ci_low": low}
+    told = faults(**copies)
+    assert len(told) == is_told
+    assert not told or told[0].startswith("the model copies: 20 % of what it draws is nearer to a training image than 95 %")
+
+
 def test_of_a_condition_the_numbers_of_evaluate_win_over_those_of_the_last_validation():
     (told,) = faults(text_gap_trained=0.001)
     assert told.startswith("the model hardly uses the caption: with another image's caption its held-out loss changes")

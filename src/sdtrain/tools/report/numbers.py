@@ -13,7 +13,7 @@ from sdtrain.tools.compare.recipes import CODE, Origin, leaves, origin_of, varyi
 from sdtrain.tools.report.recorded import CHECKPOINTS, Recorded
 
 _SEED = "train.seed"
-_MODELS = ("base", "trained", "floor", "copy", "vae")
+_MODELS = ("base", "trained", "floor", "real", "copy", "vae")
 """With which a metric's name can end: models, and what a metric is worth without one."""
 _ABSENT = "–"
 _MAX_VALUE_CHARS = 80
@@ -36,7 +36,7 @@ def faults_of(run: Recorded) -> list[str]:
     train = run.table("train.csv", ["step", "lr"])
     dropout = settings.get("train.caption_dropout")
     return run_faults(
-        run.numbers("evaluate.json"),
+        _evaluated(run),
         validation,
         train,
         dropout if isinstance(dropout, int | float) else 0.0,
@@ -121,8 +121,8 @@ class Metric:
 
 
 def metrics_table(runs: Sequence[Recorded]) -> list[Metric]:
-    """Every number of `metrics/evaluate.json` by name, with its interval and N where they are known."""
-    numbers = [run.numbers("evaluate.json") for run in runs]
+    """Every number of `evaluate` by name, with its interval and N where they are known."""
+    numbers = [_evaluated(run) for run in runs]
     bounds = [_bounds(run, found) for run, found in zip(runs, numbers, strict=True)]
     stems: dict[str, None] = {}
     for found in numbers:
@@ -139,6 +139,10 @@ def metrics_table(runs: Sequence[Recorded]) -> list[Metric]:
         better = better_direction(trained) if any(trained in found for found in numbers) else None
         table.append(Metric(stem, better or "", base, cells))
     return table
+
+
+def _evaluated(run: Recorded) -> dict[str, float]:
+    return run.numbers("evaluate.json") | run.numbers("image_sets.json")
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -177,6 +181,10 @@ def _cell(stem: str, numbers: dict[str, float], bounds: dict[str, tuple[float, f
     num = bounds[own][2] if own in bounds else None
     if num is None and (stem.startswith("held_out_loss") or stem.endswith("_gap")):
         num = numbers.get("num_held_out")
+    if num is None and f"{stem}_floor" in numbers:
+        num = numbers.get("num_set_images")
+    if num is None and stem.startswith(("clip_score", "near_copy_share")):
+        num = numbers.get("num_drawn_images")
     value = _text(numbers[own]) if own in numbers else ""
     return Cell(value, _interval(bounds.get(own)), "" if num is None or not value else f"{num:.0f}", others)
 
