@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from sdtrain.evaluation import condition_use, held_out
-from sdtrain.evaluation.faults import dropped_captions, memorized, run_faults
+from sdtrain.evaluation.faults import copied, dropped_captions, memorized, run_faults
 
 GOOD = {
     "held_out_loss_base": 0.10, "held_out_loss_trained": 0.04, "text_gap_base": 0.08, "text_gap_trained": 0.06,
@@ -37,6 +37,13 @@ def test_captions_that_training_hardly_saw_are_told(dropout, is_told):
 def test_memorised_images_are_told_from_a_tenth_of_the_loss_on_if_it_is_sure(gain, low, is_told):
     assert (memorized(gain, low, 0.009, 0.04) is not None) == is_told
     assert len(faults(memorized_gain=gain, memorized_gain_ci_low=low)) == is_told
+
+
+@pytest.mark.parametrize(("share", "low", "is_told"), [(0.4, 0.11, True), (0.2, 0.1, False), (0.05, 0.02, False)])
+def test_copies_are_told_where_surely_more_are_near_than_twice_the_held_out_images(share, low, is_told):
+    assert (copied(share, low) is not None) == is_told
+    shares = {"near_copy_share_shapes_trained": share, "near_copy_share_shapes_trained_ci_low": low}
+    assert len(faults(near_copy_share_shapes_base=0.9, **shares)) == is_told
 
 
 def test_of_a_condition_the_numbers_of_evaluate_win_over_those_of_the_last_validation():

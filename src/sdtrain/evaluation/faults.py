@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from sdtrain.evaluation.condition_use import unused, unused_at_last
 from sdtrain.evaluation.learning import learning_fault
+from sdtrain.evaluation.neighbors import NEAR_SHARE
 
 Row = Mapping[str, float | None]
 """Of a table, by column; None where it has no value."""
@@ -15,6 +16,8 @@ _MEMORIZED_SHARE = 0.1
 """Told if the loss of training images is lower than that of others by this share of the held-out loss."""
 _MOST_DROPPED = 0.9
 """A run that drops a larger share of its captions learns nothing from them."""
+_COPIED_SHARE = 2 * NEAR_SHARE
+"""Told if surely more of the trained model's images than this are near copies."""
 _LOSS, _BASE_LOSS = "held_out_loss_trained", "held_out_loss_base"
 
 
@@ -43,6 +46,21 @@ def memorized(gain: float, ci_low: float, ci_high: float, held_out_loss: float) 
     )
 
 
+def copied(share: float, ci_low: float) -> str | None:
+    """Why a model seems to copy training images, in a sentence; None if it doesn't.
+
+    Args:
+        share: `near_copy_share_…` of `neighbors.py`, with the lower bound of its 95 % interval.
+    """
+    if ci_low <= _COPIED_SHARE:
+        return None
+    return (
+        f"the model copies: {100 * share:.0f} % of what it draws is nearer to a training image than "
+        f"{100 * (1 - NEAR_SHARE):.0f} % of held-out images are; look at data/evaluation/neighbors.json and its "
+        "images, train for fewer steps, or on more images"
+    )
+
+
 def run_faults(
     numbers: Mapping[str, float],
     validation: Sequence[Row],
@@ -56,7 +74,7 @@ def run_faults(
     validation.
 
     Args:
-        numbers: of metrics/evaluate.json, by name; what is missing isn't judged.
+        numbers: of metrics/evaluate.json and metrics/image_sets.json, by name; what is missing isn't judged.
         validation: rows of metrics/validation.csv; the first is before training.
         train: rows of metrics/train.csv.
         branched: whether the training started from another run's weights; such a one has learned before.
@@ -71,6 +89,9 @@ def run_faults(
     told = [f"memorized_gain{bound}" for bound in ("", "_ci_low", "_ci_high")]
     if numbers.keys() >= {*told, _LOSS}:
         found.append(memorized(*(numbers[name] for name in (*told, _LOSS))))
+    for name, bound in ((name, f"{name}_ci_low") for name in numbers if name.startswith("near_copy_share_")):
+        if bound in numbers:
+            found.append(copied(numbers[name], numbers[bound]))
     return [sentence for sentence in found if sentence]
 
 

@@ -11,17 +11,15 @@ import numpy as np
 from sdtrain.data.shards import LatentShards, read_dataset
 from sdtrain.evaluation.clip_score import load_caption_features
 from sdtrain.evaluation.drawn_images import DrawnImages, cropped
+from sdtrain.evaluation.faults import copied
 from sdtrain.evaluation.features import ImageFeatures, load_features
 from sdtrain.evaluation.image_sets import caption_metrics, image_set_metrics
-from sdtrain.evaluation.neighbors import NEAR_SHARE, Neighbors, near_copies, nearest_neighbors
+from sdtrain.evaluation.neighbors import Neighbors, near_copies, nearest_neighbors
 from sdtrain.ground.manifests import FeaturesManifest
 from sdtrain.ground.processes import ALONE, Processes
 from sdtrain.ground.values import Values
 from sdtrain.models.parts import pick_device
 from sdtrain.params.schema import EvaluateParams
-
-_COPIED_SHARE = 2 * NEAR_SHARE
-"""Told if surely more of the trained model's images than this are near copies."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,9 @@ def compare_images(
         return Comparison(numbers, features.name)
     neighbors = nearest_neighbors(found, _features_of(train, dataset, features, size, processes))
     shares, threshold = near_copies(label, neighbors)
-    if shares and shares[f"near_copy_share_{label}_trained_ci_low"] > _COPIED_SHARE:
-        share = shares[f"near_copy_share_{label}_trained"]
-        print(
-            f"WARNING: the model copies: {100 * share:.0f} % of what it draws is nearer to a training image than "
-            f"{100 * (1 - NEAR_SHARE):.0f} % of held-out images are; look at data/evaluation/neighbors.json and its "
-            "images, train for fewer steps, or on more images",
-            file=sys.stderr,
-        )
+    trained = f"near_copy_share_{label}_trained"
+    if shares and (fault := copied(shares[trained], shares[f"{trained}_ci_low"])):
+        print(f"WARNING: {fault}", file=sys.stderr)
     return Comparison(numbers | shares, features.name, neighbors["trained"], threshold)
 
 
