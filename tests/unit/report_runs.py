@@ -76,11 +76,16 @@ def tables(loss: float, learns: bool = True) -> dict[str, bytes]:
     curve = [0.1, 0.05, loss / 10] if learns else [0.1, 0.2, 0.3]
     numbers = {
         LOSS: loss, "held_out_loss_base": 1.5, "held_out_loss_gain": 1.5 - loss, "held_out_loss_gain_ci_low": 0.1,
-        "held_out_loss_gain_ci_high": 0.9, "num_held_out": NUM_ITEMS, "mmd_rbf_trained": 2.5, "mmd_rbf_base": 3.5,
-        "mmd_rbf_trained_ci_low": 2.0, "mmd_rbf_trained_ci_high": 3.0, "mmd_rbf_floor": 0.25,
+        "held_out_loss_gain_ci_high": 0.9, "num_held_out": NUM_ITEMS,
+    }  # fmt: skip
+    sets = {
+        "mmd_rbf_shapes_base": 3.5, "mmd_rbf_shapes_trained": 2.5, "mmd_rbf_shapes_trained_ci_low": 2.0,
+        "mmd_rbf_shapes_trained_ci_high": 3.0, "mmd_rbf_shapes_floor": 0.25, "mmd_rbf_shapes_gain_ci_low": -1.5,
+        "mmd_rbf_shapes_gain_ci_high": -0.5, "mmd_rbf_shapes_differs_from_real": 1,
     }  # fmt: skip
     texts = {
         "metrics/evaluate.json": json.dumps(numbers),
+        "metrics/image_sets.json": json.dumps(sets),
         "metrics/train.json": json.dumps({"num_steps": 20, "num_skipped_steps": 0, "best_step": 20}),
         "metrics/validation.csv": "step,loss_raw,loss_ema\n"
         + "".join(f"{step},{value},{value}\n" for step, value in zip((0, 10, 20), curve, strict=True)),

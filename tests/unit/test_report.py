@@ -22,7 +22,8 @@ from sdtrain.tools.report import report
 from sdtrain.tools.report.charts import Chart, Line, charts_of
 from sdtrain.tools.report.fit import Shown, fit
 from sdtrain.tools.report.matrix import Matrix, Row, sample_matrix
-from sdtrain.tools.report.numbers import differences, differences_table, faults_of, health_of, metrics_table
+from sdtrain.tools.report.metrics import metrics_table
+from sdtrain.tools.report.numbers import differences, differences_table, faults_of, health_of
 from sdtrain.tools.report.others import validation_images
 from sdtrain.tools.report.recorded import Folder, Recorded, read_recorded
 from sdtrain.tools.report.thumbnails import LEVELS, Gallery
@@ -314,6 +315,19 @@ def test_images_by_step_are_matched_by_their_prompts_and_in_order(made):
     assert notes == []
 
 
+@pytest.mark.parametrize(
+    ("features", "message"), [(None, "evaluated without an image encoder"), ("tower", "too few images are held out")]
+)
+def test_neighbours_that_were_not_looked_for_are_said(project, features, message):
+    outs = outs_of(50)
+    tree = {"features": features, "num_samples": 3, "threshold": None, "pairs": []}
+    outs["data/evaluation"]["neighbors.json"] = json.dumps(tree).encode()
+    add_experiment("far", run_files(project, changed(lr=5e-3), 0.9, outs))
+    page = page_of(project, "far")
+    assert message in Elements(page).text
+    assert data_of(page)["neighbors"] == [{"run": "far"} | tree]
+
+
 def test_broken_lists_are_said(project):
     outs = outs_of(50)
     outs["data/samples"]["samples.json"] = b"{"
@@ -449,13 +463,14 @@ def test_the_table_of_differences_has_more_rows_than_columns(made):
 
 def test_all_metrics_have_base_interval_number_and_floor(made):
     table = {metric.name: metric for metric in metrics_table(recorded(made, "HEAD", "bad"))}
-    assert list(table) == ["held_out_loss", "held_out_loss_gain", "num_held_out", "mmd_rbf"]
-    loss, gain, mmd = (table[name] for name in ("held_out_loss", "held_out_loss_gain", "mmd_rbf"))
+    assert list(table) == ["held_out_loss", "num_held_out", "mmd_rbf_shapes", "mmd_rbf_shapes_differs_from_real"]
+    loss, mmd, differs = table["held_out_loss"], table["mmd_rbf_shapes"], table["mmd_rbf_shapes_differs_from_real"]
     assert (loss.base, loss.better, [cell.value for cell in loss.cells]) == ("1.5", "lower", ["1", "2"])
     assert [cell.num for cell in loss.cells] == ["40", "40"]
-    assert (gain.better, gain.cells[0].interval) == ("", "(0.1 to 0.9)")
-    assert (mmd.base, mmd.cells[0].value, mmd.cells[0].interval) == ("3.5", "2.5", "(2 to 3)")
-    assert mmd.cells[0].others == [("floor", "0.25")]
+    assert loss.cells[0].others == [("gain", "0.5 (0.1 to 0.9)")]
+    assert (mmd.base, mmd.better, mmd.cells[0].value, mmd.cells[0].interval) == ("3.5", "lower", "2.5", "(2 to 3)")
+    assert mmd.cells[0].others == [("gain", "(-1.5 to -0.5)"), ("floor", "0.25")]
+    assert (differs.better, differs.cells[0].value) == ("", "1")
 
 
 def test_intervals_of_accuracies_come_from_their_table(project):
@@ -472,7 +487,7 @@ def test_intervals_of_accuracies_come_from_their_table(project):
     assert (accuracy.better, accuracy.cells[0].value) == ("higher", "")
     assert (accuracy.cells[1].value, accuracy.cells[1].interval, accuracy.cells[1].num) == ("0.5", "(0.4 to 0.6)", "96")
     assert accuracy.cells[1].others == [("base", "0 (0 to 0.04)")]
-    assert (loss.base, [cell.others for cell in loss.cells]) == ("", [[("base", "1.5")], [("base", "1.4")]])
+    assert (loss.base, [cell.others[0] for cell in loss.cells]) == ("", [("base", "1.5"), ("base", "1.4")])
 
 
 def test_health_has_what_is_recorded(made):

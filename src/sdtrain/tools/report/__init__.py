@@ -12,13 +12,13 @@ from sdtrain.tools.compare.text import HEADER, as_json, finite, rows
 from sdtrain.tools.report.charts import Chart, charts_of
 from sdtrain.tools.report.fit import Shown, fit
 from sdtrain.tools.report.matrix import sample_matrix
+from sdtrain.tools.report.metrics import metrics_table
 from sdtrain.tools.report.numbers import (
     Difference,
     differences,
     differences_table,
     faults_of,
     health_of,
-    metrics_table,
     settings_of,
 )
 from sdtrain.tools.report.others import evaluation_images, validation_images

@@ -1,20 +1,18 @@
-"""The report's numbers: what is wrong with a run, what differs between runs, all metrics, and how training went."""
+"""What is wrong with a run, what differs between runs, and how their training went."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from sdtrain.evaluation.faults import run_faults
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.metric_names import better_direction
 from sdtrain.tools.compare.recipes import CODE, Origin, leaves, origin_of, varying
+from sdtrain.tools.report.metrics import evaluated, number_text
 from sdtrain.tools.report.recorded import CHECKPOINTS, Recorded
 
 _SEED = "train.seed"
-_MODELS = ("base", "trained", "floor", "real", "copy", "vae")
-"""With which a metric's name can end: models, and what a metric is worth without one."""
 _ABSENT = "–"
 _MAX_VALUE_CHARS = 80
 
@@ -36,7 +34,7 @@ def faults_of(run: Recorded) -> list[str]:
     train = run.table("train.csv", ["step", "lr"])
     dropout = settings.get("train.caption_dropout")
     return run_faults(
-        _evaluated(run),
+        evaluated(run),
         validation,
         train,
         dropout if isinstance(dropout, int | float) else 0.0,
@@ -95,106 +93,6 @@ def differences_table(differing: Sequence[Difference], names: Sequence[str]) -> 
     if not differing:
         return []
     return columns if len(differing) > len(names) else [list(row) for row in zip(*columns, strict=True)]
-
-
-@dataclass
-class Cell:
-    """A metric of one run."""
-
-    value: str = ""
-    interval: str = ""
-    num: str = ""
-    others: list[tuple[str, str]] = field(default_factory=list)
-    """Of other models, and the base's where it isn't the same in all runs."""
-
-
-@dataclass
-class Metric:
-    """A metric of all runs."""
-
-    name: str
-    better: str
-    """`lower`, `higher`, or nothing if neither is better."""
-    base: str
-    """Of all runs, if it is the same; else empty."""
-    cells: list[Cell]
-
-
-def metrics_table(runs: Sequence[Recorded]) -> list[Metric]:
-    """Every number of `evaluate` by name, with its interval and N where they are known."""
-    numbers = [_evaluated(run) for run in runs]
-    bounds = [_bounds(run, found) for run, found in zip(runs, numbers, strict=True)]
-    stems: dict[str, None] = {}
-    for found in numbers:
-        stems |= dict.fromkeys(_split(name)[0] for name in found if not _is_bound(name, found))
-    table = []
-    for stem in stems:
-        cells = [_cell(stem, found, known) for found, known in zip(numbers, bounds, strict=True)]
-        bases = {dict(cell.others).get("base", "") for cell in cells}
-        base = bases.pop() if len(bases) == 1 else ""
-        if base:
-            for cell in cells:
-                cell.others = [other for other in cell.others if other[0] != "base"]
-        trained = f"{stem}_trained"
-        better = better_direction(trained) if any(trained in found for found in numbers) else None
-        table.append(Metric(stem, better or "", base, cells))
-    return table
-
-
-def _evaluated(run: Recorded) -> dict[str, float]:
-    return run.numbers("evaluate.json") | run.numbers("image_sets.json")
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Of `held_out_loss_base` the metric and the model; of a number without one the whole name."""
-    stem, _, model = name.rpartition("_")
-    return (stem, model) if stem and model in _MODELS else (name, "")
-
-
-def _is_bound(name: str, numbers: dict[str, float]) -> bool:
-    return any(name.removesuffix(end) in numbers for end in ("_ci_low", "_ci_high", "_num") if name.endswith(end))
-
-
-def _bounds(run: Recorded, numbers: dict[str, float]) -> dict[str, tuple[float, float, float | None]]:
-    """95 % intervals, and N if it is known, by the number's name: those beside it, and those of the tables."""
-    found = {
-        name: (numbers[f"{name}_ci_low"], numbers[f"{name}_ci_high"], numbers.get(f"{name}_num"))
-        for name in numbers
-        if f"{name}_ci_low" in numbers and f"{name}_ci_high" in numbers
-    }
-    for table, stem in (("prompt_accuracy.csv", "{prompts}_{attribute}_accuracy"), ("relighting.csv", "{metric}")):
-        for row in run.texts(table):
-            if not {"model", "ci_low", "ci_high", "num"} <= row.keys():
-                continue
-            name = f"{stem.format(**row)}_{row['model']}"
-            found[name] = (float(row["ci_low"]), float(row["ci_high"]), float(row["num"]))
-    return found
-
-
-def _cell(stem: str, numbers: dict[str, float], bounds: dict[str, tuple[float, float, float | None]]) -> Cell:
-    own = f"{stem}_trained" if f"{stem}_trained" in numbers else stem
-    others = [
-        (model, " ".join(filter(None, [_text(numbers[name]), _interval(bounds.get(name))])))
-        for model in _MODELS
-        if (name := f"{stem}_{model}") in numbers and name != own
-    ]
-    num = bounds[own][2] if own in bounds else None
-    if num is None and (stem.startswith("held_out_loss") or stem.endswith("_gap")):
-        num = numbers.get("num_held_out")
-    if num is None and f"{stem}_floor" in numbers:
-        num = numbers.get("num_set_images")
-    if num is None and stem.startswith(("clip_score", "near_copy_share")):
-        num = numbers.get("num_drawn_images")
-    value = _text(numbers[own]) if own in numbers else ""
-    return Cell(value, _interval(bounds.get(own)), "" if num is None or not value else f"{num:.0f}", others)
-
-
-def _interval(bounds: tuple[float, float, float | None] | None) -> str:
-    return "" if bounds is None else f"({_text(bounds[0])} to {_text(bounds[1])})"
-
-
-def _text(number: float) -> str:
-    return f"{number:,.0f}" if isinstance(number, int) else f"{number:.4g}"
 
 
 def _value(settings: dict[str, Any], key: str) -> str:
@@ -256,4 +154,4 @@ def _config(run: Recorded) -> dict[str, Any]:
 def _of(numbers: dict[str, float], name: str, total: str | None = None) -> str | None:
     if name not in numbers:
         return None
-    return _text(numbers[name]) + (f" of {_text(numbers[total])}" if total in numbers else "")
+    return number_text(numbers[name]) + (f" of {number_text(numbers[total])}" if total in numbers else "")

@@ -54,7 +54,7 @@ class Pair(_Record):
     item: str
     distance: FiniteFloat
     ratio: FiniteFloat
-    """Distance over the one that nearly all held-out images have, `threshold`."""
+    """Distance over the threshold of a near copy."""
 
 
 class Neighbors(_Record):
@@ -62,7 +62,7 @@ class Neighbors(_Record):
 
     features: str | None
     num_samples: int
-    threshold: FiniteFloat
+    threshold: FiniteFloat | None
     pairs: list[Pair]
 
 
@@ -109,7 +109,9 @@ def evaluation_images(run: Recorded, gallery: Gallery) -> Found:
         found.no_neighbors = str(fault)
         return found
     if found.neighbors.features is None:
-        found.no_neighbors = "it was evaluated without a model of features, so what is near isn't known"
+        found.no_neighbors = "it was evaluated without an image encoder (evaluate.features)"
+    elif found.neighbors.threshold is None:
+        found.no_neighbors = "it wasn't compared with training images, or too few images are held out to judge by"
     for pair in found.neighbors.pairs:
         sample, train = (gallery.find(folder, name) for name in (pair.sample, pair.train))
         if sample and train:

@@ -1,0 +1,119 @@
+"""Every number that `evaluate` wrote, as a table: metrics by name, runs beside each other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sdtrain.ground.metric_names import better_direction
+from sdtrain.tools.report.recorded import Recorded
+
+_MODELS = ("base", "trained", "gain", "floor", "real", "copy", "vae")
+"""With which a metric's name can end: models, how they differ, and what a metric is worth without one."""
+
+Bounds = tuple[float, float, float | None]
+"""Of a 95 % interval; and N, if it is known."""
+
+
+@dataclass
+class Cell:
+    """A metric of one run."""
+
+    value: str = ""
+    interval: str = ""
+    num: str = ""
+    others: list[tuple[str, str]] = field(default_factory=list)
+    """Of other models, and the base's where it isn't the same in all runs."""
+
+
+@dataclass
+class Metric:
+    """A metric of all runs."""
+
+    name: str
+    better: str
+    """`lower`, `higher`, or nothing if neither is better."""
+    base: str
+    """Of all runs, if it is the same; else empty."""
+    cells: list[Cell]
+
+
+def evaluated(run: Recorded) -> dict[str, float]:
+    """All numbers that `evaluate` wrote, by name."""
+    return run.numbers("evaluate.json") | run.numbers("image_sets.json")
+
+
+def metrics_table(runs: Sequence[Recorded]) -> list[Metric]:
+    """Every number that `evaluate` wrote, by name, with its interval and N where they are known."""
+    numbers = [evaluated(run) for run in runs]
+    bounds = [_bounds(run, found) for run, found in zip(runs, numbers, strict=True)]
+    stems: dict[str, None] = {}
+    for found in numbers:
+        stems |= dict.fromkeys(_split(name, found) for name in found if not _is_bound(name, found))
+    table = []
+    for stem in stems:
+        cells = [_cell(stem, found, known) for found, known in zip(numbers, bounds, strict=True)]
+        bases = {dict(cell.others).get("base", "") for cell in cells}
+        base = bases.pop() if len(bases) == 1 else ""
+        if base:
+            for cell in cells:
+                cell.others = [other for other in cell.others if other[0] != "base"]
+        trained = f"{stem}_trained"
+        better = better_direction(trained) if any(trained in found for found in numbers) else None
+        table.append(Metric(stem, better or "", base, cells))
+    return table
+
+
+def _split(name: str, numbers: dict[str, float]) -> str:
+    """Of `held_out_loss_base` the metric, without the model; of a number that isn't about a model its whole name."""
+    stem, _, model = name.rpartition("_")
+    return stem if model in _MODELS and f"{stem}_trained" in numbers else name
+
+
+def _is_bound(name: str, numbers: dict[str, float]) -> bool:
+    owners = [name.removesuffix(end) for end in ("_ci_low", "_ci_high", "_num") if name.endswith(end)]
+    return any(owner in numbers or _split(owner, numbers) != owner for owner in owners)
+
+
+def _bounds(run: Recorded, numbers: dict[str, float]) -> dict[str, Bounds]:
+    """95 % intervals, and N if it is known, by the number's name: those beside it, and those of the tables."""
+    owners = [name.removesuffix("_ci_low") for name in numbers if name.endswith("_ci_low")]
+    found = {
+        name: (numbers[f"{name}_ci_low"], numbers[f"{name}_ci_high"], numbers.get(f"{name}_num"))
+        for name in owners
+        if f"{name}_ci_high" in numbers
+    }
+    for table, stem in (("prompt_accuracy.csv", "{prompts}_{attribute}_accuracy"), ("relighting.csv", "{metric}")):
+        for row in run.texts(table):
+            if not {"model", "ci_low", "ci_high", "num"} <= row.keys():
+                continue
+            name = f"{stem.format(**row)}_{row['model']}"
+            found[name] = (float(row["ci_low"]), float(row["ci_high"]), float(row["num"]))
+    return found
+
+
+def _cell(stem: str, numbers: dict[str, float], bounds: dict[str, Bounds]) -> Cell:
+    own = f"{stem}_trained" if f"{stem}_trained" in numbers else stem
+    names = {model: f"{stem}_{model}" for model in _MODELS if own != stem}
+    others = [
+        (
+            model,
+            " ".join(
+                filter(None, [number_text(numbers[name]) if name in numbers else "", _interval(bounds.get(name))])
+            ),
+        )
+        for model, name in names.items()
+        if name != own and (name in numbers or name in bounds)
+    ]
+    num = bounds[own][2] if own in bounds else None
+    if num is None and (stem.startswith("held_out_loss") or stem.endswith("_gap")):
+        num = numbers.get("num_held_out")
+    value = number_text(numbers[own]) if own in numbers else ""
+    return Cell(value, _interval(bounds.get(own)), "" if num is None or not value else f"{num:.0f}", others)
+
+
+def _interval(bounds: Bounds | None) -> str:
+    return "" if bounds is None else f"({number_text(bounds[0])} to {number_text(bounds[1])})"
+
+
+def number_text(number: float) -> str:
+    """Four digits, or all of a count."""
+    return f"{number:,.0f}" if isinstance(number, int) else f"{number:.4g}"
