@@ -426,9 +426,10 @@ def test_a_wrong_run_is_named_with_what_is_wrong(made, page):
     assert dropped.startswith("train.caption_dropout = 1.0: training hardly saw a caption")
     assert unlearned.startswith("training never lowered the held-out loss, 0.10000 before it and 0.20000 at best")
     text = Elements(page).text
-    assert "1 of 4 runs says that something is wrong with it" in text
+    assert "Something is wrong with 1 of 4 runs" in text
     assert text.index(unlearned) < text.index("Only what isn't the same")
     assert "nothing is wrong" not in text
+    assert "Something is wrong with the run" in Elements(page_of(made, "bad")).text
     assert "By what it recorded, nothing is wrong with any run." in Elements(page_of(made, "HEAD", "fast-0")).text
 
 
