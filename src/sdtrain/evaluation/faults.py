@@ -14,10 +14,10 @@ Row = Mapping[str, float | None]
 
 _MEMORIZED_SHARE = 0.1
 """Told if the loss of training images is lower than that of others by this share of the held-out loss."""
-_MOST_DROPPED = 0.9
-"""A run that drops a larger share of its captions learns nothing from them."""
 _COPIED_SHARE = 2 * NEAR_SHARE
 """Told if surely more of the trained model's images than this are near copies."""
+_MOST_DROPPED = 0.9
+"""A run that drops a larger share of its captions learns nothing from them."""
 _LOSS, _BASE_LOSS = "held_out_loss_trained", "held_out_loss_base"
 
 
@@ -50,7 +50,7 @@ def copied(share: float, ci_low: float) -> str | None:
     """Why a model seems to copy training images, in a sentence; None if it doesn't.
 
     Args:
-        share: `near_copy_share_…` of `neighbors.py`, with the lower bound of its 95 % interval.
+        share: `near_copy_share` of `neighbors.py`, and the lower end of its 95 % interval.
     """
     if ci_low <= _COPIED_SHARE:
         return None
@@ -89,9 +89,9 @@ def run_faults(
     told = [f"memorized_gain{bound}" for bound in ("", "_ci_low", "_ci_high")]
     if numbers.keys() >= {*told, _LOSS}:
         found.append(memorized(*(numbers[name] for name in (*told, _LOSS))))
-    for name, bound in ((name, f"{name}_ci_low") for name in numbers if name.startswith("near_copy_share_")):
-        if bound in numbers:
-            found.append(copied(numbers[name], numbers[bound]))
+    for name in numbers:
+        if name.startswith("near_copy_share_") and name.endswith("_trained") and f"{name}_ci_low" in numbers:
+            found.append(copied(numbers[name], numbers[f"{name}_ci_low"]))
     return [sentence for sentence in found if sentence]
 
 

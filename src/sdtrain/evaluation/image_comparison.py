@@ -72,9 +72,9 @@ def compare_images(
         return Comparison(numbers, features.name)
     neighbors = nearest_neighbors(found, _features_of(train, dataset, features, size, processes))
     shares, threshold = near_copies(label, neighbors)
-    trained = f"near_copy_share_{label}_trained"
-    if shares and (fault := copied(shares[trained], shares[f"{trained}_ci_low"])):
-        print(f"WARNING: {fault}", file=sys.stderr)
+    stem = f"near_copy_share_{label}_trained"
+    if shares and (sentence := copied(shares[stem], shares[f"{stem}_ci_low"])):
+        print(f"WARNING: {sentence}", file=sys.stderr)
     return Comparison(numbers | shares, features.name, neighbors["trained"], threshold)
 
 

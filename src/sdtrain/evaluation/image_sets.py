@@ -59,7 +59,8 @@ def image_set_metrics(seed: int, label: str, real: np.ndarray, drawn: dict[str, 
         bounds = {"floor": np.percentile(floor, [2.5, 97.5])}
         trained, base = spread["trained"][metric], spread["base"][metric]
         bounds["trained"] = means["trained"] + trained.half_width() * np.array([-1, 1])
-        bounds["gain"] = means["trained"] - means["base"] + trained.minus(base).half_width() * np.array([-1, 1])
+        numbers[f"{stem}_gain"] = float(means["trained"] - means["base"])
+        bounds["gain"] = numbers[f"{stem}_gain"] + trained.minus(base).half_width() * np.array([-1, 1])
         for name, (low, high) in bounds.items():
             numbers |= {f"{stem}_{name}_ci_low": float(low), f"{stem}_{name}_ci_high": float(high)}
         differs = differs_from_real(halves["trained"][metric], floor, num)
