@@ -426,9 +426,10 @@ def test_a_wrong_run_is_named_with_what_is_wrong(made, page):
     assert dropped.startswith("train.caption_dropout = 1.0: training hardly saw a caption")
     assert unlearned.startswith("training never lowered the held-out loss, 0.10000 before it and 0.20000 at best")
     text = Elements(page).text
-    assert "1 of 4 runs says that something is wrong with it" in text
+    assert "Something is wrong with 1 of 4 runs" in text
     assert text.index(unlearned) < text.index("Only what isn't the same")
     assert "nothing is wrong" not in text
+    assert "Something is wrong with the run" in Elements(page_of(made, "bad")).text
     assert "By what it recorded, nothing is wrong with any run." in Elements(page_of(made, "HEAD", "fast-0")).text
 
 
@@ -463,13 +464,19 @@ def test_the_table_of_differences_has_more_rows_than_columns(made):
 
 def test_all_metrics_have_base_interval_number_and_floor(made):
     table = {metric.name: metric for metric in metrics_table(recorded(made, "HEAD", "bad"))}
-    assert list(table) == ["held_out_loss", "num_held_out", "mmd_rbf_shapes", "mmd_rbf_shapes_differs_from_real"]
-    loss, mmd, differs = table["held_out_loss"], table["mmd_rbf_shapes"], table["mmd_rbf_shapes_differs_from_real"]
+    assert list(table) == [
+        "held_out_loss", "num_held_out", "mmd_rbf_shapes", "mmd_rbf_shapes_differs_from_real", "clip_score_shapes",
+        "num_set_images", "num_drawn_images",
+    ]  # fmt: skip
+    loss, mmd, score = table["held_out_loss"], table["mmd_rbf_shapes"], table["clip_score_shapes"]
     assert (loss.base, loss.better, [cell.value for cell in loss.cells]) == ("1.5", "lower", ["1", "2"])
     assert [cell.num for cell in loss.cells] == ["40", "40"]
     assert loss.cells[0].others == [("gain", "0.5 (0.1 to 0.9)")]
     assert (mmd.base, mmd.better, mmd.cells[0].value, mmd.cells[0].interval) == ("3.5", "lower", "2.5", "(2 to 3)")
-    assert mmd.cells[0].others == [("gain", "(-1.5 to -0.5)"), ("floor", "0.25")]
+    assert mmd.cells[0].others == [("gain", "-1 (-1.5 to -0.5)"), ("floor", "0.25")]
+    assert (score.cells[0].value, score.cells[0].others) == ("30.5", [("real", "31.5")])
+    assert (mmd.cells[0].num, score.cells[0].num) == ("80", "160")
+    differs = table["mmd_rbf_shapes_differs_from_real"]
     assert (differs.better, differs.cells[0].value) == ("", "1")
 
 

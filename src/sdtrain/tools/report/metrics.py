@@ -69,17 +69,15 @@ def _split(name: str, numbers: dict[str, float]) -> str:
 
 
 def _is_bound(name: str, numbers: dict[str, float]) -> bool:
-    owners = [name.removesuffix(end) for end in ("_ci_low", "_ci_high", "_num") if name.endswith(end)]
-    return any(owner in numbers or _split(owner, numbers) != owner for owner in owners)
+    return any(name.removesuffix(end) in numbers for end in ("_ci_low", "_ci_high", "_num") if name.endswith(end))
 
 
 def _bounds(run: Recorded, numbers: dict[str, float]) -> dict[str, Bounds]:
     """95 % intervals, and N if it is known, by the number's name: those beside it, and those of the tables."""
-    owners = [name.removesuffix("_ci_low") for name in numbers if name.endswith("_ci_low")]
     found = {
         name: (numbers[f"{name}_ci_low"], numbers[f"{name}_ci_high"], numbers.get(f"{name}_num"))
-        for name in owners
-        if f"{name}_ci_high" in numbers
+        for name in numbers
+        if f"{name}_ci_low" in numbers and f"{name}_ci_high" in numbers
     }
     for table, stem in (("prompt_accuracy.csv", "{prompts}_{attribute}_accuracy"), ("relighting.csv", "{metric}")):
         for row in run.texts(table):
@@ -92,22 +90,25 @@ def _bounds(run: Recorded, numbers: dict[str, float]) -> dict[str, Bounds]:
 
 def _cell(stem: str, numbers: dict[str, float], bounds: dict[str, Bounds]) -> Cell:
     own = f"{stem}_trained" if f"{stem}_trained" in numbers else stem
-    names = {model: f"{stem}_{model}" for model in _MODELS if own != stem}
     others = [
-        (
-            model,
-            " ".join(
-                filter(None, [number_text(numbers[name]) if name in numbers else "", _interval(bounds.get(name))])
-            ),
-        )
-        for model, name in names.items()
-        if name != own and (name in numbers or name in bounds)
+        (model, " ".join(filter(None, [number_text(numbers[name]), _interval(bounds.get(name))])))
+        for model in _MODELS
+        if own != stem and (name := f"{stem}_{model}") in numbers and name != own
     ]
     num = bounds[own][2] if own in bounds else None
-    if num is None and (stem.startswith("held_out_loss") or stem.endswith("_gap")):
-        num = numbers.get("num_held_out")
+    if num is None and (counted := _counted(stem, numbers)):
+        num = numbers.get(counted)
     value = number_text(numbers[own]) if own in numbers else ""
     return Cell(value, _interval(bounds.get(own)), "" if num is None or not value else f"{num:.0f}", others)
+
+
+def _counted(stem: str, numbers: dict[str, float]) -> str | None:
+    """The number that is a metric's N."""
+    if stem.startswith("held_out_loss") or stem.endswith("_gap"):
+        return "num_held_out"
+    if stem.startswith(("clip_score", "near_copy_share")):
+        return "num_drawn_images"
+    return "num_set_images" if f"{stem}_floor" in numbers else None
 
 
 def _interval(bounds: Bounds | None) -> str:
