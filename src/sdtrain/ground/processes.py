@@ -6,6 +6,7 @@ and writes.
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class _EndedByAnother(Exception):
     def __init__(self, message: str | None) -> None:
         super().__init__(message)
         self.message = message
+        _end_undisturbed()
 
 
 @contextmanager
@@ -125,6 +127,7 @@ def joined() -> Iterator[Processes]:
             raise InputError(end.message) from None
         raise SystemExit(1) from None
     except Exception as error:
+        _end_undisturbed()
         is_input = isinstance(error, InputError)
         with suppress(_EndedByAnother):
             processes._gather(_Fault(str(error) if is_input else None))
@@ -133,6 +136,11 @@ def joined() -> Iterator[Processes]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _end_undisturbed() -> None:
+    """Each process cleans up and ends by itself, though torchrun sends SIGTERM to all once the first has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager
