@@ -41,8 +41,8 @@ def export_model(params: ExportParams, base: Path, checkpoints: Path, out: Path)
     expected = _predict(method, probe)
     lines = [f"{os.fspath(out)}: {params.weights} weights of step {config['step']}"]
     with new_folder(out) as folder:
-        # Without the git commit, which doesn't change the model.
-        recorded = {name: value for name, value in config.items() if name != "git_commit"}
+        # Without what doesn't change the model.
+        recorded = {name: value for name, value in config.items() if name not in ("git_commit", "device")}
         write_json(folder / "training_config.json", {**recorded, "export": params.model_dump()})
         history = _history(params, config, read_json(base / "manifest.json"))
         for form in method.export(folder, scheduler, params, base):

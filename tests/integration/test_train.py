@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 
 import pytest
@@ -91,6 +92,7 @@ def test_checkpoints_hold_what_made_them(run, workspace):
     assert config["resumed_from"] is None
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     assert config["git_commit"] == (commit or None)
+    assert config["device"].endswith(f"{os.cpu_count()} cores") or torch.accelerator.is_available()
 
 
 def test_training_moves_the_weights_and_lowers_the_loss(workspace, run, tmp_path):

@@ -124,7 +124,8 @@ def run_files(root: Path, params: dict, loss: float, outs: dict[str, dict[str, b
 
 
 def outs_of(shade: int) -> dict[str, dict[str, bytes]]:
-    config = json.dumps({"fingerprint": "f1n9e7", "git_commit": "c" * 40, "identity": {"libraries": {"torch": "2.13"}}})
+    trained = {"fingerprint": "f1n9e7", "git_commit": "c" * 40, "device": "NVIDIA H200"}
+    config = json.dumps({**trained, "identity": {"libraries": {"torch": "2.13"}}})
     return {
         "data/samples": samples(shade),
         "plots/validation": validation(shade),

@@ -504,6 +504,7 @@ def test_health_has_what_is_recorded(made):
     assert health["images per second, median"] == "8"
     assert health["peak memory"] == "0.5 GiB"
     assert health["libraries"] == "torch 2.13"
+    assert health["device"] == "NVIDIA H200"
     assert health["trained with the code of commit"] == "c" * 10
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d", health["committed"])
     assert "images dropped" not in health

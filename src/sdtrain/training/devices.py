@@ -1,7 +1,9 @@
 """Devices, processes, precision and kernels of a run."""
 
 import os
+import platform
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -46,6 +48,20 @@ def build_accelerator(params: TrainParams) -> Accelerator:
             f"{accelerator.num_processes}; start it as `NPROC=… python -m stages.train` or with torchrun"
         )
     return accelerator
+
+
+def device_name(device: torch.device) -> str:
+    """What people call it, e.g. `NVIDIA H200`; of a CPU the processor's name, where the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def attention(backend: str) -> AbstractContextManager:

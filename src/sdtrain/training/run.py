@@ -15,7 +15,7 @@ from sdtrain.ground.manifests import check_base_files, check_latent_files
 from sdtrain.params.machine import SWEEP_TASK, check_trackers
 from sdtrain.params.schema import Params
 from sdtrain.training.curves import Curves
-from sdtrain.training.devices import build_accelerator
+from sdtrain.training.devices import build_accelerator, device_name
 from sdtrain.training.disk import check_disk
 from sdtrain.training.files import TrainFiles
 from sdtrain.training.identity import SPLIT, describe, git_commit
@@ -95,6 +95,7 @@ class Run:
             "num_train": self.spec.num_train,
             "num_validation": self.spec.cache.num_rows("validation"),
             "git_commit": self.commit,
+            "device": device_name(self.trainer.accelerator.device),
             "resumed_from": self.spec.branch,
             "params": self.trained_with,
         }

@@ -133,6 +133,7 @@ def health_of(run: Recorded) -> dict[str, str]:
         }
     libraries = config.get("identity", {}).get("libraries", {})
     found |= {
+        "device": config.get("device"),
         "libraries": ", ".join(f"{name} {version}" for name, version in libraries.items() if version) or None,
         "run": config.get("fingerprint"),
         "trained with the code of commit": (config.get("git_commit") or "")[:10] or None,
