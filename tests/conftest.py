@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from sdtrain.params.load import check_params
-from sdtrain.params.schema import Params
+from sdtrain.params.schema import BUILTIN_CLIP, Params
 
 ROOT = Path(__file__).resolve().parent.parent
 SHRUNK = {
@@ -73,7 +73,7 @@ def shrunk_tree(**changes: dict) -> dict:
     shrunk = copy.deepcopy(SHRUNK)
     if changes.get("dataset", {}).get("source", "generated") != "generated":
         del shrunk["dataset"]["num_scenes"]
-        if changes.get("evaluate", {}).get("features") == "none":
+        if changes.get("evaluate", {}).get("features_path") in (None, BUILTIN_CLIP):  # nothing is drawn
             del shrunk["evaluate"]["num_prompts"], shrunk["evaluate"]["num_inference_steps"]
     if changes.get("validation", {}).get("prompts"):
         shrunk["validation"]["num_inference_steps"] = 2

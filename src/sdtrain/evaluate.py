@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from sdtrain.data.shards import LatentShards
 from sdtrain.evaluation.drawn_images import DrawnImages, draw_held_out
 from sdtrain.evaluation.held_out import HeldOut
-from sdtrain.evaluation.image_comparison import compare_images
+from sdtrain.evaluation.image_comparison import Comparison, compare_images
 from sdtrain.evaluation.loss_metrics import Denoiser, loss_metrics
 from sdtrain.evaluation.memorization import memorization_metrics
 from sdtrain.evaluation.pictures import write_neighbors, write_worst
@@ -27,7 +27,7 @@ from sdtrain.methods.checkpoints import is_checkpoint, load_checkpoint, read_che
 from sdtrain.models.ic_light import IcLightPipeline
 from sdtrain.models.parts import load_others, parts_of, pick_device
 from sdtrain.models.trained import load_base_pipeline, load_model
-from sdtrain.params.schema import EvaluateParams, Section
+from sdtrain.params.schema import BUILTIN_CLIP, EvaluateParams, Section
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,12 @@ def evaluate_model(
     numbers |= _relighting_numbers(relit)
     if accuracies or relit:
         numbers["num_prompts"] = params.num_prompts
-    compared = compare_images(params, seed, files.features, images, seen.shards, files.dataset, values, processes)
+    compared = Comparison({})
+    if images.items:
+        compared = Comparison({})
+    if images.items:
+        of_data = images, pipeline.text_encoder, seen.shards, files.dataset
+        compared = compare_images(params, seed, files.features, *of_data, values, processes)
     if not processes.is_main:
         return
     with new_folder(files.pictures) as folder:
@@ -117,6 +122,14 @@ def evaluate_model(
     print(f"held-out images: {held_out.num_samples} of the {split} split")
     for name, value in (numbers | compared.numbers).items():
         print(f"{name:50} {value:.5g}")
+
+
+def _knows_own_images(params: EvaluateParams) -> bool:
+    """Whether there is an image encoder that knows other images than generated ones; if not, that is said."""
+    if params.features == "local" and params.features_path == BUILTIN_CLIP:
+        print(f"no images are drawn: {BUILTIN_CLIP} knows generated scenes only; see evaluate.features for your own")
+        return False
+    return params.features != "none"
 
 
 def _relighting_numbers(rows: list[dict]) -> dict[str, float]:

@@ -82,13 +82,14 @@ def precompute_latents(
     counts |= {"num_uncut_foregrounds": 0} if "foreground" in conditions else {}
     statistics = _Statistics(vae.config.scaling_factor)
     splits: dict[str, list[Shard]] = {}
+    num_rows = _num_shard_rows(params, conditions)
     with new_folder(out) if processes.is_main else nullcontext() as folder:
         for split in manifest.splits:
-            rows, splits[split] = read_dataset(dataset, split), []
+            rows, splits[split] = _own_files(read_dataset(dataset, split), params.batch_size, num_rows, processes), []
             progress = tqdm(
                 total=manifest.splits[split].num_rows, desc=f"precompute {split}", unit="image", disable=None
             )
-            while shard := list(islice(rows, _num_shard_rows(params, conditions))):
+            while shard := list(islice(rows, num_rows)):
                 tensors, num_blank = _encode_shard(
                     params, seed, shard, manifest, conditions, vae, device, progress, processes
                 )
@@ -201,6 +202,15 @@ def _num_shard_rows(params: PrecomputeParams, conditions: dict[str, CachedCondit
         num_views = 2 if condition.kind == "latents" and params.random_flip else 1
         row_bytes += num_views * math.prod(condition.shape) * np.dtype(_DTYPES[condition.kind]).itemsize
     return max(1, min(_SHARD_ROWS, _SHARD_BYTES // max(1, row_bytes)))
+
+
+def _own_files(rows: Iterator[dict], batch_size: int, num_shard_rows: int, processes: Processes) -> Iterator[dict]:
+    """The rows, with images of this process's batches only, and of the main one's probe: each holds a whole shard."""
+    for place, row in enumerate(rows):
+        is_own = place % num_shard_rows // batch_size % processes.num == processes.index
+        if not (is_own or (processes.is_main and place < NUM_PROBES)):
+            row = {name: row[name] for name in ("id", "caption", "width", "height")}
+        yield row
 
 
 def _encode_shard(

@@ -577,6 +577,10 @@ RULE_CASES = [
         "where nothing is drawn; set it to 160, or evaluate.features to hub",
     ),
     (
+        {**IMAGEFOLDER, "evaluate__num_prompts": 40},
+        "evaluate.num_prompts = 40: has no effect with evaluate.features = 'local' of data/builtin_clip and dataset.so",
+    ),
+    (
         {**IMAGEFOLDER, **NO_FEATURES, "evaluate__num_inference_steps": 25},
         "evaluate.num_inference_steps = 25: has no effect with evaluate.features = 'none' and dataset.source = 'image",
     ),
@@ -760,7 +764,7 @@ def test_the_shipped_params_hold_the_neutral_values():
 
 
 SOURCES = get_args(DatasetParams.model_fields["source"].annotation)
-LIT = {"dataset.world", "dataset.num_scenes", "dataset.new_fraction"}
+LIT = {"dataset.world", "dataset.num_scenes", "dataset.new_fraction", "evaluate.guidance_scale"}
 FROM_LIT = {"hub": {"dataset.repo", *LIT}, "imagefolder": LIT, "webdataset": LIT, "parquet": LIT}
 MUST_FOLLOW = {
     "params.yaml": {"hub": {"dataset.repo"}},

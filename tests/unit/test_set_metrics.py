@@ -73,7 +73,7 @@ def test_neighbourhoods_are_those_of(library):
 
 def test_mind_is_that_of_torch_fidelity_along_its_directions():
     directions = torch.randn(64, 6, generator=torch.Generator().manual_seed(0)).double().numpy()
-    found = module._mind_along(*golden_sets(), module._unit_length(directions))
+    found = module._mind_along(*golden_sets(), module.unit_length(directions))
     assert found == pytest.approx(GOLDEN["torch-fidelity a51aa64"]["mind"], rel=1e-6)
 
 

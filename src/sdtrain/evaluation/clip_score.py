@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from sdtrain.evaluation.features import load_frozen
 from sdtrain.ground.errors import InputError
@@ -41,6 +41,13 @@ class CaptionFeatures:
         """
         batches = [captions[start : start + batch_size] for start in range(0, len(captions), batch_size)]
         return np.concatenate([self._features(batch).float().cpu().numpy() for batch in batches])
+
+    def is_same_text_encoder(self, other: CLIPTextModel) -> bool:
+        """Whether another text encoder has the same token embeddings, but for rounding to 16 bits."""
+        own, its = (
+            encoder.get_input_embeddings().weight.float().cpu() for encoder in (self._model.text_model, other)
+        )
+        return own.shape == its.shape and torch.allclose(own, its, rtol=1e-2, atol=1e-4)
 
     @torch.inference_mode()
     def _features(self, captions: Sequence[str]) -> Tensor:

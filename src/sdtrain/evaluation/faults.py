@@ -55,9 +55,9 @@ def copied(share: float, ci_low: float) -> str | None:
     if ci_low <= _COPIED_SHARE:
         return None
     return (
-        f"the model copies: {100 * share:.0f} % of what it draws is nearer to a training image than "
-        f"{100 * (1 - NEAR_SHARE):.0f} % of held-out images are; look at data/evaluation/neighbors.json and its "
-        "images, train for fewer steps, or on more images"
+        f"the model copies: {100 * share:.0f} % of what it draws is nearer to a training image, compared with other "
+        f"images, than {100 * (1 - NEAR_SHARE):.0f} % of held-out images are; look at data/evaluation/neighbors.json "
+        "and its images, train for fewer steps, or on more images"
     )
 
 

@@ -7,6 +7,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from PIL import ImageOps
+from transformers import CLIPTextModel
 
 from sdtrain.data.shards import LatentShards, read_dataset
 from sdtrain.evaluation.clip_score import load_caption_features
@@ -15,7 +17,10 @@ from sdtrain.evaluation.faults import copied
 from sdtrain.evaluation.features import ImageFeatures, load_features
 from sdtrain.evaluation.image_sets import caption_metrics, image_set_metrics
 from sdtrain.evaluation.neighbors import Neighbors, near_copies, nearest_neighbors
+from sdtrain.ground.errors import InputError
+from sdtrain.ground.files import sha256_json
 from sdtrain.ground.manifests import FeaturesManifest
+from sdtrain.ground.metric_names import IMAGE_SET
 from sdtrain.ground.processes import ALONE, Processes
 from sdtrain.ground.values import Values
 from sdtrain.models.parts import pick_device
@@ -32,7 +37,7 @@ class Comparison:
     nearest: Neighbors | None = None
     """Of the trained model's images; None if they weren't compared with training images."""
     threshold: float | None = None
-    """The distance below which an image is a near copy; None for too few held-out images."""
+    """The ratio below which an image is a near copy; None for too few held-out images."""
 
 
 def compare_images(
@@ -40,6 +45,7 @@ def compare_images(
     seed: int,
     encoder: Path,
     images: DrawnImages,
+    text_encoder: CLIPTextModel,
     train: LatentShards,
     dataset: Path,
     values: Values,
@@ -51,10 +57,11 @@ def compare_images(
 
     Args:
         encoder: the folder `data/features`.
+        text_encoder: the base's, which mustn't be the judge's.
         dataset: the folder `data/dataset`.
 
     Raises:
-        InputError: the encoder can't be loaded.
+        InputError: the encoder can't be loaded, or is the CLIP whose captions the base understands.
     """
     label = FeaturesManifest.read(encoder).label
     if label is None:
@@ -63,14 +70,27 @@ def compare_images(
     sets = {"real": images.real, **images.drawn}
     found = {name: features.extract(some, size, processes) for name, some in sets.items()}
     drawn = {name: found[name] for name in images.drawn}
-    numbers = {"num_drawn_images": len(images.items)} | image_set_metrics(seed, label, found["real"], drawn)
+    numbers: dict[str, float] = {"num_drawn_images": len(images.items)}
+    numbers[IMAGE_SET] = int(sha256_json([features.name, images.items, images.captions])[:12], 16)
+    if processes.is_main:  # others don't need them
+        numbers |= image_set_metrics(seed, label, found["real"], drawn)
     if features.has_captions:
-        texts = load_caption_features(encoder, pick_device()).extract(images.captions, size)
+        judge = load_caption_features(encoder, pick_device())
+        if judge.is_same_text_encoder(text_encoder):
+            raise InputError(
+                f"evaluate.features: {features.name} has the base's own text encoder, so a model would be judged by a "
+                "part of itself; take another CLIP, or a DINOv2 such as facebook/dinov2-small"
+            )
+        texts = judge.extract(images.captions, size)
         of_images = images.items, images.captions, texts
         numbers |= caption_metrics(seed, params.num_bootstrap, label, *of_images, found, values)
     if not params.nearest_neighbors:
         return Comparison(numbers, features.name)
-    neighbors = nearest_neighbors(found, _features_of(train, dataset, features, size, processes))
+    views = {name: [features_of_set] for name, features_of_set in found.items()}
+    if train.manifest.params["random_flip"]:
+        for name, some in sets.items():
+            views[name].append(features.extract([ImageOps.mirror(image) for image in some], size, processes))
+    neighbors = nearest_neighbors(views, _features_of(train, dataset, features, size, processes))
     shares, threshold = near_copies(label, neighbors)
     trained = f"near_copy_share_{label}_trained"
     if shares and (fault := copied(shares[trained], shares[f"{trained}_ci_low"])):

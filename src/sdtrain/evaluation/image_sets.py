@@ -22,7 +22,9 @@ from sdtrain.ground import randomness
 from sdtrain.ground.statistics import bootstrap_interval
 from sdtrain.ground.values import Values
 
-_K, _NUM_PROJECTIONS, _NUM_HALVES = 5, 256, 100
+_K, _NUM_PROJECTIONS = 5, 256
+_NUM_HALVES, _MAX_ROWS = 100, 100_000
+"""Halvings, and how many rows they may have in all, down to 20: time grows with the square of the images' number."""
 _MIN_IMAGES = 4 * _K
 """Fewer have no neighbourhoods to speak of."""
 
@@ -47,9 +49,10 @@ def image_set_metrics(seed: int, label: str, real: np.ndarray, drawn: dict[str, 
     def measure(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
         return set_metrics(x, y, _K, _NUM_PROJECTIONS, seed)
 
-    floors = against_other_halves(measure, real, real, _NUM_HALVES, seed)
-    halves = {name: against_other_halves(measure, real, found, _NUM_HALVES, seed) for name, found in drawn.items()}
-    spread = {name: estimate(measure, real, found, _NUM_HALVES, seed) for name, found in drawn.items()}
+    num_halves = max(20, min(_NUM_HALVES, _MAX_ROWS // num))
+    floors = against_other_halves(measure, real, real, num_halves, seed)
+    halves = {name: against_other_halves(measure, real, found, num_halves, seed) for name, found in drawn.items()}
+    spread = {name: estimate(measure, real, found, num_halves, seed) for name, found in drawn.items()}
     numbers: dict[str, float] = {"num_set_images": num // 2}
     for metric, floor in floors.items():
         stem = f"{metric}_{label}"

@@ -2,10 +2,11 @@
 
 - `worst.json`: the held-out images with the highest loss, highest first, each with `item`, `text`, `image` (its file
   below the folder), `loss_base` and `loss_trained`.
-- `neighbors.json`: `features`, the encoder's name, `num_samples`, the number of drawn images, `threshold`, the distance
-  below which one is a near copy, and `pairs`: the drawn images nearest to training images, nearest first, each with
-  `text`, `sample` and `train` (files), `item`, the training image's id, `distance`, and `ratio`, over the threshold.
-  Without a comparison `features` and `threshold` are null, and there are no pairs.
+- `neighbors.json`: `features`, the encoder's name, `num_samples`, the number of drawn images, `threshold`, the ratio
+  below which one is a near copy (null where too few images are held out), and `pairs`: the drawn images with the lowest
+  ratios, lowest first, each with `text`, `sample` and `train` (files), `item`, the training image's id, `distance`, and
+  `ratio`, over the distance to the nearest held-out image. Without an encoder `features` is null; if images weren't
+  compared with training images, there are no pairs.
 """
 
 from collections.abc import Sequence
@@ -63,18 +64,17 @@ def write_neighbors(
     Args:
         shards: of the training images.
     """
-    pairs, found, threshold = [], compared.nearest, compared.threshold
-    if found is not None and threshold is not None:
-        order = np.argsort(found.distances, kind="stable")[:_NUM_SHOWN]
+    pairs, found = [], compared.nearest
+    if found is not None:
+        order = np.argsort(found.ratios, kind="stable")[:_NUM_SHOWN]
         train = dict(cropped_images(shards, dataset, {found.items[place] for place in order}))
         for rank, place in enumerate(order):
             row = {"text": images.captions[place], "item": found.items[place]}
             row["sample"] = _save(images.drawn["trained"][place], folder, f"neighbors/{rank:02}-sample.png")
             row["train"] = _save(train[found.items[place]], folder, f"neighbors/{rank:02}-train.png")
-            distance = float(found.distances[place])
-            pairs.append(row | {"distance": distance, "ratio": distance / threshold})
-    tree = {"features": compared.features, "num_samples": len(images.items), "threshold": threshold, "pairs": pairs}
-    write_json(folder / "neighbors.json", tree)
+            pairs.append(row | {"distance": float(found.distances[place]), "ratio": float(found.ratios[place])})
+    tree = {"features": compared.features, "num_samples": len(images.items), "threshold": compared.threshold}
+    write_json(folder / "neighbors.json", {**tree, "pairs": pairs})
 
 
 def _save(image: Image.Image, folder: Path, name: str) -> str:

@@ -50,7 +50,7 @@ def set_metrics(real: np.ndarray, fake: np.ndarray, k: int, num_projections: int
     frechet = frechet_distance(real, fake)
     return {
         "mmd_polynomial": _MMD_SCALE * mmd_polynomial(real, fake),
-        "mmd_rbf": _MMD_SCALE * mmd_rbf(_unit_length(real), _unit_length(fake)),
+        "mmd_rbf": _MMD_SCALE * mmd_rbf(unit_length(real), unit_length(fake)),
         **({} if frechet is None else {"frechet_distance": frechet}),
         "mind": mind(real, fake, num_projections, seed),
         **precision_recall_density_coverage(real, fake, k)._asdict(),
@@ -111,7 +111,7 @@ def mind(x: np.ndarray, y: np.ndarray, num_projections: int, seed: int) -> float
     """
     x, y = _checked(x, y)
     directions = randomness.generator(seed, "directions").standard_normal((num_projections, x.shape[1]))
-    return _mind_along(x, y, _unit_length(directions))
+    return _mind_along(x, y, unit_length(directions))
 
 
 class Neighbourhoods(NamedTuple):
@@ -284,6 +284,7 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.maximum(squares - 2 * (a @ b.T), 0)
 
 
-def _unit_length(x: np.ndarray) -> np.ndarray:
+def unit_length(x: np.ndarray) -> np.ndarray:
+    """Each row [N, d] divided by its length, float64."""
     x = x.astype(np.float64)
     return x / np.linalg.norm(x, axis=1, keepdims=True)

@@ -5,6 +5,15 @@ from typing import Literal
 
 Direction = Literal["lower", "higher"]
 
+IMAGE_SET = "image_set"
+"""In metrics/image_sets.json: a number that stands for encoder, items and captions; set metrics are comparable only
+where it is the same."""
+SET_METRICS = (
+    *("mmd_polynomial_*", "mmd_rbf_*", "frechet_distance_*", "mind_*"),
+    *("precision_*", "recall_*", "density_*", "coverage_*"),
+)
+"""By pattern of the name, those of a set as a whole, which have no values image by image."""
+
 _BETTER: dict[str, Direction] = {
     "*_loss": "lower",
     "held_out_loss_*": "lower",
@@ -20,12 +29,16 @@ _BETTER: dict[str, Direction] = {
     "recall_*": "higher",
     "coverage_*": "higher",
     "clip_score_*": "higher",
-    "near_copy_share_*": "lower",
 }
 """By pattern of the name, without the model that it ends with.
 
 What isn't here has no better direction: counts, bounds of intervals, and how much a condition or the light matters.
 """
+
+
+def is_of_image_set(name: str) -> bool:
+    """Whether a metric is one of an image set as a whole."""
+    return any(fnmatchcase(name, pattern) for pattern in SET_METRICS)
 
 
 def better_direction(name: str) -> Direction | None:

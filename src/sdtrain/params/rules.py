@@ -6,6 +6,7 @@ message can name every fault.
 
 from sdtrain.ground.schedules import scaled_lr
 from sdtrain.params.method_rules import METHOD_RULES, conditions_of
+from sdtrain.params.schema import BUILTIN_CLIP
 from sdtrain.params.view import NEUTRAL, Rule, View, has_effect, source_reads_it
 
 
@@ -23,9 +24,11 @@ def _generated(p: View) -> tuple[str, str] | None:
 
 
 def _nothing_drawn(p: View) -> tuple[str, str] | None:
-    if p.dataset.source != "generated" and p.evaluate.features == "none":
-        cause = f"evaluate.features = 'none' and dataset.source = {p.dataset.source!r}, where nothing is drawn"
-        return cause, "evaluate.features to hub"
+    features, path = p.evaluate.features, p.evaluate.features_path
+    knows_own = features == "hub" or (features == "local" and path != BUILTIN_CLIP)
+    if p.dataset.source != "generated" and not knows_own:
+        told = f"evaluate.features = {features!r}" + (f" of {path}" if features == "local" else "")
+        return f"{told} and dataset.source = {p.dataset.source!r}, where nothing is drawn", "evaluate.features to hub"
 
 
 def _features_come_from(field: str, source: str) -> Rule:

@@ -381,6 +381,10 @@ class SampleParams(Section):
     """Images drawn at once. Changes speed and memory only."""
 
 
+BUILTIN_CLIP = "data/builtin_clip"
+"""Knows the generated worlds; of other images it says nothing, so by it they aren't compared."""
+
+
 class EvaluateParams(Section):
     """Metrics on held-out data."""
 
@@ -391,7 +395,7 @@ class EvaluateParams(Section):
     features: Literal["none", "local", "hub"]
     """Where the image encoder comes from by which drawn images are compared with real ones: a DINOv2, or a CLIP that
     isn't the base's own, which also scores images against captions. `none` leaves these metrics out, and of data that
-    isn't `generated` draws no images."""
+    isn't `generated` draws no images; so does `local` with the shipped data/builtin_clip, which knows no other data."""
     features_path: Text
     """`features: local` only: folder of the encoder; DVC watches it, so it must exist whatever `features` is."""
     features_repo: HubRepo | None

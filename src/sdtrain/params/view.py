@@ -8,6 +8,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from sdtrain.params.schema import BUILTIN_CLIP
+
 NEUTRAL = {
     "base.path": "data/builtin",
     "base.unet_offset": "data/offset",
@@ -29,7 +31,7 @@ NEUTRAL = {
     "validation.guidance_scale": 4.0,
     "export.merged": False,
     "sample.negative_prompt": "",
-    "evaluate.features_path": "data/builtin_clip",
+    "evaluate.features_path": BUILTIN_CLIP,
     "evaluate.num_prompts": 160,
     "evaluate.num_inference_steps": 20,
     "evaluate.guidance_scale": 4.0,

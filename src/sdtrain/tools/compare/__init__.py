@@ -14,7 +14,7 @@ import numpy as np
 
 from sdtrain.ground import randomness
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.metric_names import Direction, better_direction
+from sdtrain.ground.metric_names import IMAGE_SET, Direction, better_direction, is_of_image_set
 from sdtrain.ground.statistics import (
     Difference,
     bootstrap_interval,
@@ -166,6 +166,8 @@ def measure(recipe: Recipe, metric: str) -> Measured:
     """A metric that all of the recipe's runs have; what single values there are, by seed and item."""
     tables = [_single_values(run, metric) for run in recipe.runs.values()]
     asked = {tuple(table.index) for table in tables}
+    if is_of_image_set(metric):
+        asked = {(run.numbers.get(IMAGE_SET, run.name),) for run in recipe.runs.values()}
     if len(asked) > 1:
         return Measured(_by_seed(recipe, metric), np.empty((len(tables), 0)), None)
     by_item = np.array([table.groupby(level=["item", "text"]).mean() for table in tables], dtype=np.float64)

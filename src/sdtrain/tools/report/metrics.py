@@ -48,6 +48,7 @@ def metrics_table(runs: Sequence[Recorded]) -> list[Metric]:
     stems: dict[str, None] = {}
     for found in numbers:
         stems |= dict.fromkeys(_split(name, found) for name in found if not _is_bound(name, found))
+    stems.pop(IMAGE_SET, None)  # a number without a meaning of its own
     table = []
     for stem in stems:
         cells = [_cell(stem, found, known) for found, known in zip(numbers, bounds, strict=True)]

@@ -54,11 +54,11 @@ class Pair(_Record):
     item: str
     distance: FiniteFloat
     ratio: FiniteFloat
-    """Distance over the threshold of a near copy."""
+    """Distance over that to the nearest held-out image."""
 
 
 class Neighbors(_Record):
-    """As `data/evaluation/neighbors.json` has them, nearest first."""
+    """As `data/evaluation/neighbors.json` has them, lowest ratio first."""
 
     features: str | None
     num_samples: int
@@ -110,8 +110,8 @@ def evaluation_images(run: Recorded, gallery: Gallery) -> Found:
         return found
     if found.neighbors.features is None:
         found.no_neighbors = "it was evaluated without an image encoder (evaluate.features)"
-    elif found.neighbors.threshold is None:
-        found.no_neighbors = "it wasn't compared with training images, or too few images are held out to judge by"
+    elif not found.neighbors.pairs:
+        found.no_neighbors = "it wasn't compared with training images (evaluate.nearest_neighbors)"
     for pair in found.neighbors.pairs:
         sample, train = (gallery.find(folder, name) for name in (pair.sample, pair.train))
         if sample and train:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from sdtrain.tools.report.recorded import Folder
 
@@ -55,7 +55,7 @@ class Gallery:
         try:
             with Image.open(file) as opened:
                 image = opened.convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return None
         image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), Image.Resampling.LANCZOS)
         digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
