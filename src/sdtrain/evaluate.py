@@ -77,7 +77,7 @@ def evaluate_model(
         relit = relighting_accuracy(params, seed, pipelines, data.world == "lit_by_map", values, images, processes)
     elif world:
         accuracies = prompt_accuracy(params, seed, pipelines, world, values, images, processes)
-    elif params.features != "none":
+    elif _knows_own_images(params):
         draw_held_out(params, seed, pipelines, shards, files.dataset, images, processes)
     models, pipeline = _denoisers(method, pipelines, base, shards.manifest, processes), pipelines["base"]
     ask = partial(

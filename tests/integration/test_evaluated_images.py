@@ -1,7 +1,5 @@
 """What `evaluate` draws and shows: sets beside real images, worst held-out images, nearest neighbours."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -100,11 +98,13 @@ def test_without_an_encoder_nothing_is_drawn_of_own_images(photographs, photogra
 # ---------------------------------------------------------------- of drawn images, without drawing them
 
 
-def compared_with_training_images(workspace, images: DrawnImages, out, **changes) -> tuple[dict, dict]:
+def compared_with_training_images(
+    workspace, images: DrawnImages, out, text_encoder=None, **changes
+) -> tuple[dict, dict]:
     params = workspace.make_params(evaluate=changes).evaluate
     out.mkdir(parents=True)
     train = shards_of(workspace, "train")
-    of_data = images, load_parts(workspace.base).text_encoder, train, workspace.dataset
+    of_data = images, text_encoder or load_parts(workspace.base).text_encoder, train, workspace.dataset
     compared = compare_images(params, 0, workspace.features, *of_data, Values())
     write_neighbors(out, compared, images, train, workspace.dataset)
     return compared.numbers, read_json(out / "neighbors.json")
@@ -173,15 +173,13 @@ def test_neighbours_can_be_left_out(workspace, tmp_path, monkeypatch):
     assert "mmd_rbf_builtin_clip_trained" in numbers
 
 
-def test_a_model_is_not_judged_by_its_own_text_encoder(workspace, tmp_path, monkeypatch):
+def test_a_model_is_not_judged_by_its_own_text_encoder(workspace, tmp_path):
     captions, real = scene_images(1, 24)
     images = DrawnImages()
     images.add([str(number) for number in range(24)], captions, real, {"base": real, "trained": real})
     judge = load_caption_features(workspace.features, torch.device("cpu"))
-    own = SimpleNamespace(text_encoder=judge._model.text_model.half().float())
-    monkeypatch.setattr("tests.integration.test_evaluated_images.load_parts", lambda _: own)
     with pytest.raises(InputError, match=r"evaluate.features: builtin_clip@\w+ has the base's own text encoder"):
-        compared_with_training_images(workspace, images, tmp_path / "out")
+        compared_with_training_images(workspace, images, tmp_path / "out", judge._model.text_model.half())
 
 
 def test_wrong_captions_score_lower(workspace, tmp_path):

@@ -316,7 +316,7 @@ def test_images_by_step_are_matched_by_their_prompts_and_in_order(made):
 
 
 @pytest.mark.parametrize(
-    ("features", "message"), [(None, "evaluated without an image encoder"), ("tower", "too few images are held out")]
+    ("features", "message"), [(None, "evaluated without an image encoder"), ("tower", "compared with training images")]
 )
 def test_neighbours_that_were_not_looked_for_are_said(project, features, message):
     outs = outs_of(50)

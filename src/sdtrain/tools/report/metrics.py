@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sdtrain.ground.metric_names import better_direction
+from sdtrain.ground.metric_names import IMAGE_SET, better_direction
 from sdtrain.tools.report.recorded import Recorded
 
 _MODELS = ("base", "trained", "gain", "floor", "real", "copy", "vae")
