@@ -436,6 +436,22 @@ def test_the_same_names_of_other_questions_are_other_images(make_run, column):
     assert compare([*runs[:4], *changed], LOSS).ranked[-1].verdict.reason == "other images"
 
 
+@pytest.mark.parametrize(
+    ("image_sets", "verdict"), [([7, 7], "better"), ([7, 8], "other images"), ([7, None], "other images")]
+)
+def test_set_metrics_compare_only_with_the_same_images_and_encoder(make_run, image_sets, verdict):
+    """They have no values image by image; a run that doesn't say what its set was is compared with none."""
+    metric = "mind_clip_trained"
+    runs = recipes_of(make_run, {1e-3: 1.0, 2e-3: 0.9})
+    sets = [image_sets[0]] * (len(runs) // 2) + [image_sets[1]] * (len(runs) // 2)
+    runs = [
+        replace(run, numbers={metric: run.numbers[LOSS]} | ({} if found is None else {"image_set": found}))
+        for run, found in zip(runs, sets, strict=True)
+    ]
+    ranked = compare(runs, metric, baseline=runs[0].name).ranked
+    assert [found.verdict and (found.verdict.reason or found.verdict.word) for found in ranked] == [verdict, None]
+
+
 def test_a_run_that_diverged_comes_last_without_a_verdict(make_run):
     runs = recipes_of(make_run, {1e-3: 1.0, 2e-3: 0.9})
     runs[4] = replace(runs[4], numbers={LOSS: float("nan")})
