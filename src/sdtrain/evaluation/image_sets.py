@@ -15,7 +15,7 @@ from sdtrain.evaluation.set_metrics import (
     MIN_VERDICT_IMAGES,
     against_other_halves,
     differs_from_real,
-    estimate,
+    interval,
     set_metrics,
 )
 from sdtrain.ground import randomness
@@ -52,7 +52,6 @@ def image_set_metrics(seed: int, label: str, real: np.ndarray, drawn: dict[str, 
     num_halves = max(20, min(_NUM_HALVES, _MAX_ROWS // num))
     floors = against_other_halves(measure, real, real, num_halves, seed)
     halves = {name: against_other_halves(measure, real, found, num_halves, seed) for name, found in drawn.items()}
-    spread = {name: estimate(measure, real, found, num_halves, seed) for name, found in drawn.items()}
     numbers: dict[str, float] = {"num_set_images": num // 2}
     for metric, floor in floors.items():
         stem = f"{metric}_{label}"
@@ -60,10 +59,9 @@ def image_set_metrics(seed: int, label: str, real: np.ndarray, drawn: dict[str, 
         numbers |= {f"{stem}_{name}": float(mean) for name, mean in means.items()}
         numbers |= {f"{stem}_floor": float(floor.mean())}
         bounds = {"floor": np.percentile(floor, [2.5, 97.5])}
-        trained, base = spread["trained"][metric], spread["base"][metric]
-        bounds["trained"] = means["trained"] + trained.half_width() * np.array([-1, 1])
-        numbers[f"{stem}_gain"] = float(means["trained"] - means["base"])
-        bounds["gain"] = numbers[f"{stem}_gain"] + trained.minus(base).half_width() * np.array([-1, 1])
+        gain = halves["trained"][metric] - halves["base"][metric]
+        numbers[f"{stem}_gain"] = float(gain.mean())
+        bounds |= {"trained": interval(halves["trained"][metric]), "gain": interval(gain)}
         for name, (low, high) in bounds.items():
             numbers |= {f"{stem}_{name}_ci_low": float(low), f"{stem}_{name}_ci_high": float(high)}
         differs = differs_from_real(halves["trained"][metric], floor, num)

@@ -3,22 +3,19 @@
 A set is an array [N, d], a feature vector per image (`features.py`). All is computed in float64, in chunks of pairs.
 What only a fault of ours can break, such as sets of different d, is an assert.
 
-**Intervals.** A bootstrap draws images twice, and such twins are each other's neighbours at distance 0, which shifts
-every metric here. Halves drawn without replacement have none, and for a statistic that acts like a mean over images,
-its spread over random halves is its standard error (the delete-half jackknife: Shao and Wu 1989, "A general theory for
-jackknife variance estimation"). A generated image and the real one at its place stay together, since images drawn from
-real ones' captions depend on them. The interval covers the metric's expectation at this N, which for all but the two
-MMDs depends on N: compare values at equal N only. Of 200 pairs of Gaussian sets (200 images, 16 features, 100 halves),
-the 95 % intervals held it for 92 to 98 % where one set was shifted. Where both sets were of one distribution it was 93
-to 100 % for shares and density; for the four distances 100 %, as their spread at zero is overestimated by √3.
+**Halves.** Every metric is taken between random halves, drawn without replacement: real images of one half of the
+captions, generated ones of the other, so that no image meets the real one of its caption. Its value is the mean over
+halvings. A bootstrap instead draws images twice, and such twins are each other's neighbours at distance 0, which shifts
+every metric here. For a statistic that acts like a mean over images, the spread over random halves is the standard
+error of the mean over halvings (the delete-half jackknife: Shao and Wu 1989, "A general theory for jackknife variance
+estimation"); where the images of a caption are alike, it is larger than that. The metrics but the two MMDs depend on
+the number of images: compare values at equal numbers only.
 
-**The floor.** Real images against other real images: what a perfect model would get. It is taken between random halves
-of the real set. A model's images take the place of one half, at the same N and so with the same bias, and never meet
-the real images whose captions they were drawn from.
+**The floor.** Real images in the place of the generated ones: what a perfect model would get, at the same number of
+images and so with the same bias.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -157,38 +154,14 @@ def precision_recall_density_coverage(real: np.ndarray, fake: np.ndarray, k: int
 # ---------------------------------------------------------------- intervals and the floor
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A metric's value, and its values on random halves of the images."""
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval over images of a metric's expectation, from its values between halves, or from their differences.
 
-    value: float
-    halves: np.ndarray | None
-    """float64 [num_halves]; None where the metric isn't defined on halves."""
-
-    def interval(self) -> tuple[float, float] | None:
-        """95 % interval over images of the metric's expectation at this N; of a share it may pass 0 or 1."""
-        half_width = self.half_width()
-        return None if half_width is None else (self.value - half_width, self.value + half_width)
-
-    def half_width(self) -> float | None:
-        """Of the interval."""
-        return None if self.halves is None else 1.959964 * float(self.halves.std(ddof=1))
-
-    def minus(self, other: "Estimate") -> "Estimate":
-        """The difference, paired: what both owe to the same images, real or of the same prompts and seeds, cancels.
-
-        Both must come from the same halves: the same seed, number of halves and number of images.
-        """
-        if self.halves is None or other.halves is None:
-            return Estimate(self.value - other.value, None)
-        return Estimate(self.value - other.value, self.halves - other.halves)
-
-
-def estimate(measure: Measure, real: np.ndarray, fake: np.ndarray, num_halves: int, seed: int) -> dict[str, Estimate]:
-    """A measure's values, by name, with those on `num_halves` random halves of two sets [N, d]; 100 are enough."""
-    values = measure(real, fake)
-    halves = _by_name([measure(real[half], fake[half]) for half, _ in _halves(real, fake, num_halves, seed)])
-    return {name: Estimate(value, halves.get(name)) for name, value in values.items()}
+    The values are `against_other_halves`'s. A difference of two models is paired, if both come from the same halvings:
+    what they owe to the same images, real or of the same prompts and seeds, cancels. Of a share it may pass 0 or 1.
+    """
+    half_width = 1.959964 * values.std(ddof=1)
+    return float(values.mean() - half_width), float(values.mean() + half_width)
 
 
 def against_other_halves(
@@ -208,7 +181,7 @@ def differs_from_real(values: np.ndarray, floor: np.ndarray, num_images: int) ->
     It does if its mean lies outside the middle 95 % of the floor: above for distances, below for shares. On the other
     side images are closer to the real ones than other real ones are, as copies are. In the module's simulation it told
     0 to 1.5 % of equal distributions apart; of those shifted by 0.3 standard deviations in the widest feature, 33 to
-    44 % by the distances and 1 % at most by the others. False doesn't mean equal: compare models by `Estimate.minus`.
+    44 % by the distances and 1 % at most by the others. False doesn't mean equal: compare models by their difference.
     """
     if num_images < MIN_VERDICT_IMAGES:
         return None
