@@ -32,7 +32,7 @@ def test_repro_runs_every_stage_and_git_stays_small(project):
     assert stages_run(project.readme("dvc repro")) == STAGES
     project.commit("first run")
     tracked = project.run("git ls-files data").split()
-    meant = ("data/builtin/", "data/images/", "data/start/", "data/offset/", "data/.gitignore")
+    meant = ("data/builtin/", "data/builtin_clip/", "data/images/", "data/start/", "data/offset/", "data/.gitignore")
     assert not [name for name in tracked if not name.startswith(meant)]
     assert (project.folder / "data" / "samples" / "grid.png").exists()
     assert list((project.folder / "runs").rglob("events.out.tfevents.*"))

@@ -73,7 +73,7 @@ def offline_client(hub, offline_home) -> Iterator[HubClient]:
 @pytest.fixture
 def clone(tmp_path) -> Path:
     """What git has of data/."""
-    for name in ("builtin", "images", "start"):
+    for name in ("builtin", "builtin_clip", "images", "start"):
         shutil.copytree(ROOT / "data" / name, tmp_path / "clone" / "data" / name)
     return tmp_path / "clone"
 
