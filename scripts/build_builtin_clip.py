@@ -14,8 +14,8 @@ Besides, a linear head for each field, thrown away afterwards, must read it from
 trainings of 600 to 900 steps, alike otherwise but for details, hardly learned where an object is.
 
 Candidate (`.build/builtin_clip/`) and data/builtin_clip are then measured alike; both are printed and go to
-`.build/builtin_clip.json`. It takes 10 minutes of one core of an AMD EPYC (AVX-512), no GPU. data/builtin_clip/ is
-only read; to ship a candidate:
+`.build/builtin_clip.json`. It takes about 10 minutes of one core of an AMD EPYC (AVX-512), no GPU. data/builtin_clip/
+is only read; to ship a candidate:
 
     cp -r .build/builtin_clip/. data/builtin_clip/
 
