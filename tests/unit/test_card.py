@@ -399,13 +399,13 @@ def test_metrics_stand_beside_each_other_with_interval_and_n(project):
     assert shape(card).count("table") == 1
     rows = table(card)
     timesteps = project.params.evaluate.num_timesteps
-    assert rows[2] == ["held-out loss, lower is better", "0.1344", "0.03596", f"214 images × {timesteps} timesteps"]
-    assert rows[3] == ["its gain, base − trained", "", "0.09842 (0.08675 to 0.1104)", "214 images"]
-    assert rows[4] == ["held-out loss without captions", "0.1129", "0.06067", "214 images"]
-    gap = ["its rise with another image's caption", "0.1148", "0.1453 (0.1368 to 0.1539)", "214 images"]
+    assert rows[2] == ["held-out loss, lower is better", "0.1389", "0.0354", f"225 images × {timesteps} timesteps"]
+    assert rows[3] == ["its gain, base − trained", "", "0.1035 (0.09082 to 0.1163)", "225 images"]
+    assert rows[4] == ["held-out loss without captions", "0.1123", "0.05912", "225 images"]
+    gap = ["its rise with another image's caption", "0.1061", "0.1362 (0.128 to 0.1448)", "225 images"]
     assert rows[9] == gap
-    assert rows[6] == ["loss of as many training images", "0.13", "0.03412", "214 images"]
-    assert rows[10] == ["color, new concepts", "0.0 % (0.0 % to 3.8 %)", "94.8 % (88.4 % to 97.8 %)", "96"]
+    assert rows[6] == ["loss of as many training images", "0.1299", "0.03368", "225 images"]
+    assert rows[10] == ["color, new concepts", "0.0 % (0.0 % to 3.8 %)", "95.8 % (89.8 % to 98.4 %)", "96"]
     assert len(rows) == 2 + 8 + 12
     assert "don't show that training helped" not in card
 
@@ -467,14 +467,14 @@ def test_own_images_have_the_held_out_loss_alone(project):
     ("changes", "sentence"),
     [
         ({"dataset": {"test_fraction": 0.1}, "validation": {"max_samples": 96}},
-         "It was measured on 214 test images; the checkpoint was chosen on 96 others."),
+         "It was measured on 225 test images; the checkpoint was chosen on 96 others."),
         ({"dataset": {"test_fraction": 0.1}, "validation": {"max_samples": 5000}},
-         "It was measured on 214 test images; the checkpoint was chosen on 230 others."),
-        ({"dataset": {"test_fraction": 0.1}, "export": {"checkpoint": "last"}}, "It was measured on 214 test images."),
+         "It was measured on 225 test images; the checkpoint was chosen on 230 others."),
+        ({"dataset": {"test_fraction": 0.1}, "export": {"checkpoint": "last"}}, "It was measured on 225 test images."),
         ({"validation": {"max_samples": 96}},
-         "The checkpoint was chosen on 96 of these 214 images, which favours it a little."),
+         "The checkpoint was chosen on 96 of these 225 images, which favours it a little."),
         ({"validation": {"max_samples": 5000}},
-         "The checkpoint was chosen on 214 of these 214 images, which favours it a little."),
+         "The checkpoint was chosen on 225 of these 225 images, which favours it a little."),
     ],
 )  # fmt: skip
 def test_the_card_says_if_the_checkpoint_was_chosen_on_the_images_of_its_loss(project, changes, sentence):
