@@ -14,7 +14,7 @@ from sdtrain.params.load import load_params
 from tests.conftest import ROOT, shrunk_tree
 from tests.e2e.project import Project
 
-STAGES = ["base", "dataset", "precompute", "train", "export", "sample", "evaluate", "card"]
+STAGES = ["base", "features", "dataset", "precompute", "train", "export", "sample", "evaluate", "card"]
 
 
 def stages_run(output: str) -> list[str]:

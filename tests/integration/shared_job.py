@@ -19,7 +19,9 @@ def run_job(place: Path, out: Path, processes: Processes) -> None:
     ours |= {name: place / name for name in ("checkpoints", "model")}
     draw_samples(params.sample, params.seed, SampleFiles(**ours, out=out / "samples"), processes)
     tables = {f"{name}_table": out / f"{name}.csv" for name in ("loss", "accuracy", "relighting")}
-    files = EvaluateFiles(**ours, metrics=out / "evaluate.json", values=out / "values.parquet", **tables)
+    ours |= {"features": place / "features", "pictures": out / "evaluation"}
+    numbers = {"metrics": out / "evaluate.json", "image_sets": out / "image_sets.json"}
+    files = EvaluateFiles(**ours, **numbers, values=out / "values.parquet", **tables)
     evaluate_model(params.evaluate, params.method, params.seed, files, processes)
 
 

@@ -257,6 +257,7 @@ def test_sample_and_evaluate(relit, trained, model, tmp_path):
     assert numbers["light_direction_accuracy_trained_num"] == 4
     assert ((rows.ci_low <= rows.value + 1e-9) & (rows.value <= rows.ci_high + 1e-9)).all()
     assert pd.read_csv(tmp_path / "accuracy.csv").empty
+    numbers |= json.loads((tmp_path / "image_sets.json").read_text())
     values = read_values((tmp_path / "values.parquet").read_bytes(), "values.parquet")
     for (metric, name), value in values.groupby(["metric", "model"]).value.mean().items():
         assert numbers[f"{metric}_{name}"] == pytest.approx(value, rel=1e-5), (metric, name)

@@ -230,7 +230,7 @@ def test_disk_and_push_add_up(command, nothing):
     def mib(text: str) -> float:
         return float(re.search(r"([\d.]+) MiB", text)[1])
 
-    outs = ["base", "dataset", "latents", "checkpoints", "model", "samples"]
+    outs = ["base", "dataset", "latents", "checkpoints", "model", "features", "samples", "evaluation"]
     sent = sum(mib(plan[f"disk {name}"]) for name in outs)
     assert mib(plan["disk DVC cache"]) == pytest.approx(sent, abs=0.1)
     assert mib(plan["dvc push"]) == pytest.approx(sent, abs=0.1)

@@ -117,8 +117,8 @@ def test_stable_diffusion_is_planned_without_a_network(lonely_client, clone):
     assert plan["disk checkpoints"].startswith("12.81 GiB (1 best and the last, 6.40 GiB each")
     assert plan["disk model"].startswith("1.99 GiB (about, fp16)")
     assert plan["disk latents"] == "unknown (128.6 KiB per image: 4 x 64 x 64, plain and flipped)"
-    assert plan["dvc push"].startswith("at least 18.81 GiB without dataset and latents: base 3.97 GiB, dataset unknown")
-    assert plan["disk"].startswith("at least 99.22 GiB in total without dataset and latents")
+    assert plan["dvc push"].startswith("at least 18.81 GiB without dataset and latents and features: base 3.97 GiB, dataset unknown")
+    assert plan["disk"].startswith("at least 99.23 GiB in total without dataset and latents and features")
 
 
 def test_offline_mode_is_named(offline_client, clone):
@@ -139,7 +139,8 @@ def test_of_the_hub_only_configs_and_the_card_are_asked(hub, client, clone):
     # 833 x (2 views x 2 x 2 x 16,384 bytes, 77 ids of 8 and a name of 38), 4 probes of 3 x 512 x 512 x 4
     assert plan["disk latents"].startswith(f"{(833 * (131_072 + 654) + 4 * 3_145_728) / 2**20:.2f} MiB (128.6 KiB p")
     assert plan["disk dataset"].startswith(f"{(119_417_305 + 833 * 170) / 2**20:.2f} MiB (about, the card")
-    assert plan["disk"].startswith("about ")
+    assert plan["disk"].startswith("at least ")
+    assert "in total without features; " in plan["disk"]
     epochs = plan_of(client, clone, base={"revision": revision}, train={"max_steps": None, "max_epochs": 10})
     assert epochs["steps"] == "469 of 16 images, 10.0 epochs (train.max_epochs)"
 

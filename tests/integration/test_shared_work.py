@@ -114,7 +114,7 @@ def places(workspace, relit, run, tmp_path_factory) -> list[Path]:
     relit_run = relit.train(tmp_path_factory.mktemp("relit_run"))
     for name, world, trained, changes in (("plain", workspace, run, {}), ("relit", relit, relit_run, EVERYTHING_LIT)):
         place = tmp_path_factory.mktemp(name)
-        for part in ("base", "dataset"):
+        for part in ("base", "dataset", "features"):
             (place / part).symlink_to(getattr(world, part))
         (place / "checkpoints").symlink_to(trained.checkpoints)
         export_model(world.make_params().export, world.base, trained.checkpoints, place / "model")
