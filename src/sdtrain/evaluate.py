@@ -99,8 +99,6 @@ def evaluate_model(
         numbers["num_prompts"] = params.num_prompts
     compared = Comparison({})
     if images.items:
-        compared = Comparison({})
-    if images.items:
         of_data = images, pipeline.text_encoder, seen.shards, files.dataset
         compared = compare_images(params, seed, files.features, *of_data, values, processes)
     if not processes.is_main:
