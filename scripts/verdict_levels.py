@@ -60,7 +60,7 @@ def levels(runs: list[Run], metric: str) -> str:
     if num_seeds < 2 * NUM_SEEDS:
         raise InputError(f"{recipes[0].name} has {num_seeds} seeds, and no recipe has more; {2 * NUM_SEEDS} are needed")
     for recipe, found in zip(recipes, measured, strict=True):
-        if not found.asked or found.asked != measured[0].asked:
+        if not found.by_item.size or found.asked != measured[0].asked:
             raise InputError(f"{recipe.name} and {recipes[0].name} have no values of the same images; compare others")
     lines = [
         f"| {metric} | seeds | difference | recipes called different, {NUM_SEEDS} and {NUM_SEEDS} seeds | "

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from sdtrain.data.shards import LatentShards
 from sdtrain.evaluation.drawn_images import DrawnImages, draw_held_out
 from sdtrain.evaluation.held_out import HeldOut
-from sdtrain.evaluation.image_comparison import Comparison, compare_images
+from sdtrain.evaluation.image_comparison import Comparison, compare_images, load_judge
 from sdtrain.evaluation.loss_metrics import Denoiser, loss_metrics
 from sdtrain.evaluation.memorization import memorization_metrics
 from sdtrain.evaluation.pictures import write_neighbors, write_worst
@@ -65,9 +65,13 @@ def evaluate_model(
     Args:
         method: the section of params.yaml that the model was trained with.
         processes: who share the work; the main one writes.
+
+    Raises:
+        InputError: the image encoder can't be loaded, or is the base's own.
     """
     base = files.base
     pipelines = {"base": load_base_pipeline(base), "trained": load_model(files.model, base)}
+    judge = load_judge(files.features, pipelines["base"].text_encoder)  # before hours of drawing
     split = LatentsManifest.read(files.latents).reported_split
     shards = LatentShards(files.latents, split, encoders_fingerprint(base))
     data = DatasetManifest.read(files.dataset)
@@ -77,7 +81,7 @@ def evaluate_model(
         relit = relighting_accuracy(params, seed, pipelines, data.world == "lit_by_map", values, images, processes)
     elif world:
         accuracies = prompt_accuracy(params, seed, pipelines, world, values, images, processes)
-    elif _knows_own_images(params):
+    elif judge and _knows_own_images(params):
         draw_held_out(params, seed, pipelines, shards, files.dataset, images, processes)
     models, pipeline = _denoisers(method, pipelines, base, shards.manifest, processes), pipelines["base"]
     ask = partial(
@@ -98,9 +102,8 @@ def evaluate_model(
     if accuracies or relit:
         numbers["num_prompts"] = params.num_prompts
     compared = Comparison({})
-    if images.items:
-        of_data = images, pipeline.text_encoder, seen.shards, files.dataset
-        compared = compare_images(params, seed, files.features, *of_data, values, processes)
+    if judge and images.items:
+        compared = compare_images(params, seed, judge, images, seen.shards, files.dataset, values, processes)
     if not processes.is_main:
         return
     with new_folder(files.pictures) as folder:
@@ -123,11 +126,11 @@ def evaluate_model(
 
 
 def _knows_own_images(params: EvaluateParams) -> bool:
-    """Whether there is an image encoder that knows other images than generated ones; if not, that is said."""
+    """Whether the image encoder knows other images than generated ones; if not, that is said."""
     if params.features == "local" and params.features_path == BUILTIN_CLIP:
         print(f"no images are drawn: {BUILTIN_CLIP} knows generated scenes only; see evaluate.features for your own")
         return False
-    return params.features != "none"
+    return True
 
 
 def _relighting_numbers(rows: list[dict]) -> dict[str, float]:

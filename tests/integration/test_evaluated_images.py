@@ -10,7 +10,7 @@ from sdtrain.data.shards import LatentShards
 from sdtrain.evaluation import image_comparison as module
 from sdtrain.evaluation.clip_score import load_caption_features
 from sdtrain.evaluation.drawn_images import DrawnImages, cropped_images
-from sdtrain.evaluation.image_comparison import compare_images
+from sdtrain.evaluation.image_comparison import compare_images, load_judge
 from sdtrain.evaluation.pictures import write_neighbors
 from sdtrain.export import export_model
 from sdtrain.features import resolve_features
@@ -98,14 +98,12 @@ def test_without_an_encoder_nothing_is_drawn_of_own_images(photographs, photogra
 # ---------------------------------------------------------------- of drawn images, without drawing them
 
 
-def compared_with_training_images(
-    workspace, images: DrawnImages, out, text_encoder=None, **changes
-) -> tuple[dict, dict]:
+def compared_with_training_images(workspace, images: DrawnImages, out, **changes) -> tuple[dict, dict]:
     params = workspace.make_params(evaluate=changes).evaluate
     out.mkdir(parents=True)
     train = shards_of(workspace, "train")
-    of_data = images, text_encoder or load_parts(workspace.base).text_encoder, train, workspace.dataset
-    compared = compare_images(params, 0, workspace.features, *of_data, Values())
+    judge = load_judge(workspace.features, load_parts(workspace.base).text_encoder)
+    compared = compare_images(params, 0, judge, images, train, workspace.dataset, Values())
     write_neighbors(out, compared, images, train, workspace.dataset)
     return compared.numbers, read_json(out / "neighbors.json")
 
@@ -173,13 +171,11 @@ def test_neighbours_can_be_left_out(workspace, tmp_path, monkeypatch):
     assert "mmd_rbf_builtin_clip_trained" in numbers
 
 
-def test_a_model_is_not_judged_by_its_own_text_encoder(workspace, tmp_path):
-    captions, real = scene_images(1, 24)
-    images = DrawnImages()
-    images.add([str(number) for number in range(24)], captions, real, {"base": real, "trained": real})
-    judge = load_caption_features(workspace.features, torch.device("cpu"))
+def test_a_model_is_not_judged_by_its_own_text_encoder(workspace):
+    """Told before anything is drawn, also where one of the two is in half precision."""
+    own = load_caption_features(workspace.features, torch.device("cpu"))._model.text_model.half()
     with pytest.raises(InputError, match=r"evaluate.features: builtin_clip@\w+ has the base's own text encoder"):
-        compared_with_training_images(workspace, images, tmp_path / "out", judge._model.text_model.half())
+        load_judge(workspace.features, own)
 
 
 def test_wrong_captions_score_lower(workspace, tmp_path):

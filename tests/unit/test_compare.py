@@ -437,19 +437,20 @@ def test_the_same_names_of_other_questions_are_other_images(make_run, column):
 
 
 @pytest.mark.parametrize(
-    ("image_sets", "verdict"), [([7, 7], "better"), ([7, 8], "other images"), ([7, None], "other images")]
+    ("image_sets", "reason"), [([7, 7], None), ([7, 8], "other images"), ([7, None], "other images")]
 )
-def test_set_metrics_compare_only_with_the_same_images_and_encoder(make_run, image_sets, verdict):
-    """They have no values image by image; a run that doesn't say what its set was is compared with none."""
-    metric = "mind_clip_trained"
+@pytest.mark.parametrize("metric", ["mind_clip_trained", "clip_score_clip_trained"])
+def test_what_an_encoder_says_compares_only_with_the_same_images_and_encoder(make_run, metric, image_sets, reason):
+    """A run that doesn't say what its set was is compared with none."""
     runs = recipes_of(make_run, {1e-3: 1.0, 2e-3: 0.9})
     sets = [image_sets[0]] * (len(runs) // 2) + [image_sets[1]] * (len(runs) // 2)
     runs = [
         replace(run, numbers={metric: run.numbers[LOSS]} | ({} if found is None else {"image_set": found}))
         for run, found in zip(runs, sets, strict=True)
     ]
-    ranked = compare(runs, metric, baseline=runs[0].name).ranked
-    assert [found.verdict and (found.verdict.reason or found.verdict.word) for found in ranked] == [verdict, None]
+    [verdict] = [found.verdict for found in compare(runs, metric, baseline=runs[0].name).ranked if found.verdict]
+    assert verdict.reason == reason
+    assert (verdict.difference is None) == (reason is not None)
 
 
 def test_a_run_that_diverged_comes_last_without_a_verdict(make_run):

@@ -24,7 +24,7 @@ from sdtrain.tools.report.fit import Shown, fit
 from sdtrain.tools.report.matrix import Matrix, Row, sample_matrix
 from sdtrain.tools.report.metrics import metrics_table
 from sdtrain.tools.report.numbers import differences, differences_table, faults_of, health_of
-from sdtrain.tools.report.others import validation_images
+from sdtrain.tools.report.others import Prompt, validation_images
 from sdtrain.tools.report.recorded import Folder, Recorded, read_recorded
 from sdtrain.tools.report.thumbnails import LEVELS, Gallery
 from tests.unit.report_runs import (
@@ -374,6 +374,16 @@ def test_the_page_stays_below_its_size_by_quality_then_size_then_rows(tmp_path, 
         assert (LEVELS[-1].quality, LEVELS[-1].side_px) == (50, 96)
         assert "quality 50, at most 96 px" in note
         assert f"{num - len(kept)} rows or images left out" in note
+
+
+def test_of_what_is_left_out_the_longest_list_goes_first():
+    rows = [Row(f"row {number}", [], "4", {}, [], None) for number in range(4)]
+    shown = Shown(Matrix([], rows, ["4"]), [Prompt("a", []), Prompt("b", []), Prompt("c", [])], [])
+    lengths = []
+    while shown.leave_out():
+        lengths.append((len(shown.matrix.rows), len(shown.prompts)))
+    assert lengths == [(3, 3), (2, 3), (2, 2), (1, 2), (1, 1), (0, 1), (0, 0)]
+    assert shown.num_left_out == 7
 
 
 def test_a_page_without_room_for_its_text_is_refused(tmp_path):

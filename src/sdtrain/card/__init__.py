@@ -83,12 +83,12 @@ def _front_matter(model: Model, metrics: Path) -> ModelCardData:
     # On one line, because PyYAML writes some line breaks (U+0085) so that they are read as spaces.
     base_model = one_line(source.repo) if source and source.repo else None
     task = "text-to-image" if model.ic_light is None else "image-to-image"
-    source = one_line(dataset.repo) if dataset.repo else dataset.source
+    images_of = one_line(dataset.repo) if dataset.repo else dataset.source
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=task,
         model_name=model.config.export.name,
-        eval_results=eval_results(metrics, f"held-out images ({source})", source, task),
+        eval_results=eval_results(metrics, f"held-out images ({images_of})", images_of, task),
         base_model=base_model,
         base_model_relation=relation if base_model else None,
         datasets=[one_line(dataset.repo)] if dataset.repo else None,

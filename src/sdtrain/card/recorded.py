@@ -2,17 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.files import read_json
 from sdtrain.ground.layout import ADAPTER_FILE, CONTROLNET_FILE, MERGED, UNET_OFFSET
 from sdtrain.ground.manifests import BaseManifest
+from sdtrain.ground.records import check_record, read_record
 from sdtrain.params.schema import ExportParams, IcLightParams, Params
-
-T = TypeVar("T")
 
 
 class Recorded(BaseModel):
@@ -135,37 +133,11 @@ def read_model(model: Path, base: Path) -> Model:
     Raises:
         InputError: something is missing or broken; names the file, and the stage that writes it.
     """
-    config = read_recorded(model / "training_config.json", Config, "export")
+    config = read_record(model / "training_config.json", Config, "export")
     manifest = BaseManifest.read(base)
-    sources = check(manifest.sources, list[Source], base / "manifest.json", "base")
-    unet = read_recorded(base / "unet" / "config.json", Unet, "base")
+    sources = check_record(manifest.sources, list[Source], str(base / "manifest.json"), "base")
+    unet = read_record(base / "unet" / "config.json", Unet, "base")
     return Model(config, _find_files(model, config.export.name), sources, base, unet)
-
-
-def read_recorded(path: Path, kind: type[T], stage: str) -> T:
-    """Read a JSON file of this type.
-
-    Args:
-        stage: the one that writes the file.
-
-    Raises:
-        InputError: it is missing or broken.
-    """
-    try:
-        tree = read_json(path)
-    except InputError as fault:
-        raise InputError(f"{fault}; run `dvc repro {stage}`") from None
-    return check(tree, kind, path, stage)
-
-
-def check(tree: Any, kind: type[T], path: Path, stage: str) -> T:
-    """Check that what was read from the file has this type; raises as `read_recorded`."""
-    try:
-        return TypeAdapter(kind).validate_python(tree)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"]))
-        raise InputError(f"{path}: {place}{': ' if place else ''}{fault['msg']}; run `dvc repro {stage}`") from None
 
 
 def _find_files(folder: Path, name: str) -> Files:

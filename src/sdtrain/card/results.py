@@ -9,8 +9,9 @@ from typing import Annotated, TypeVar
 from huggingface_hub import EvalResult
 from pydantic import BaseModel, FiniteFloat, StringConstraints
 
-from sdtrain.card.recorded import Model, check, read_recorded
+from sdtrain.card.recorded import Model
 from sdtrain.ground.errors import InputError
+from sdtrain.ground.records import check_record, read_record
 from sdtrain.params.schema import EvaluateParams
 
 _STAGE = "evaluate"
@@ -81,7 +82,7 @@ def results(model: Model, evaluate: EvaluateParams, metrics: Path, accuracy_tabl
     Raises:
         InputError: a file is missing or broken, or they aren't of one run.
     """
-    numbers = read_recorded(metrics, dict[_Name, FiniteFloat], _STAGE)
+    numbers = read_record(metrics, dict[_Name, FiniteFloat], _STAGE)
     accuracies, relighting = _read_table(accuracy_table, _Accuracy), _read_table(relighting_table, _Relighting)
     rows = _loss_rows(numbers, evaluate, metrics)
     stems = [name.removesuffix("_base") for name in numbers if name.endswith("_base")]
@@ -118,7 +119,7 @@ def eval_results(metrics: Path, dataset: str, source: str, task: str) -> list[Ev
     Raises:
         InputError: the file is missing or broken.
     """
-    numbers = read_recorded(metrics, dict[_Name, FiniteFloat], _STAGE)
+    numbers = read_record(metrics, dict[_Name, FiniteFloat], _STAGE)
     stems = [name.removesuffix("_trained") for name in numbers if name.endswith("_trained")]
     return [
         EvalResult(
@@ -142,7 +143,7 @@ def _read_table(table: Path, kind: type[_Row]) -> dict[str, _Row]:
         raise InputError(f"{table}: can't be read: {error.strerror}; run `dvc repro {_STAGE}`") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{table}: not a CSV file: {error}; run `dvc repro {_STAGE}`") from None
-    return {f"{row.name}_{row.model}": row for row in check(rows, list[kind], table, _STAGE)}
+    return {f"{row.name}_{row.model}": row for row in check_record(rows, list[kind], str(table), _STAGE)}
 
 
 def _loss_rows(numbers: dict[str, float], evaluate: EvaluateParams, metrics: Path) -> list[tuple[str, ...]]:

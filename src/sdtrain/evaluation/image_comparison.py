@@ -11,7 +11,7 @@ from PIL import ImageOps
 from transformers import CLIPTextModel
 
 from sdtrain.data.shards import LatentShards, read_dataset
-from sdtrain.evaluation.clip_score import load_caption_features
+from sdtrain.evaluation.clip_score import CaptionFeatures, load_caption_features
 from sdtrain.evaluation.drawn_images import DrawnImages, cropped
 from sdtrain.evaluation.faults import copied
 from sdtrain.evaluation.features import ImageFeatures, load_features
@@ -40,12 +40,46 @@ class Comparison:
     """The ratio below which an image is a near copy; None for too few held-out images."""
 
 
+@dataclass(frozen=True)
+class Judge:
+    """An image encoder, ready to be asked."""
+
+    label: str
+    """In the names of metrics."""
+    features: ImageFeatures
+    captions: CaptionFeatures | None
+    """Of a CLIP."""
+
+
+def load_judge(encoder: Path, text_encoder: CLIPTextModel) -> Judge | None:
+    """The image encoder of the folder `data/features`; None if there is none.
+
+    Args:
+        text_encoder: the base's, which mustn't be the judge's.
+
+    Raises:
+        InputError: it can't be loaded, or is the CLIP whose captions the base understands.
+    """
+    label = FeaturesManifest.read(encoder).label
+    if label is None:
+        return None
+    device = pick_device()
+    features, captions = load_features(encoder, label, device), None
+    if features.has_captions:
+        captions = load_caption_features(encoder, device)
+        if captions.is_same_text_encoder(text_encoder):
+            raise InputError(
+                f"evaluate.features: {features.name} has the base's own text encoder, so a model would be judged by a "
+                "part of itself; take another CLIP, or a DINOv2 such as facebook/dinov2-small"
+            )
+    return Judge(label, features, captions)
+
+
 def compare_images(
     params: EvaluateParams,
     seed: int,
-    encoder: Path,
+    judge: Judge,
     images: DrawnImages,
-    text_encoder: CLIPTextModel,
     train: LatentShards,
     dataset: Path,
     values: Values,
@@ -56,17 +90,9 @@ def compare_images(
     The images' own CLIPScores are added to `values`.
 
     Args:
-        encoder: the folder `data/features`.
-        text_encoder: the base's, which mustn't be the judge's.
         dataset: the folder `data/dataset`.
-
-    Raises:
-        InputError: the encoder can't be loaded, or is the CLIP whose captions the base understands.
     """
-    label = FeaturesManifest.read(encoder).label
-    if label is None:
-        return Comparison({})
-    features, size = load_features(encoder, label, pick_device()), params.batch_size
+    label, features, size = judge.label, judge.features, params.batch_size
     sets = {"real": images.real, **images.drawn}
     found = {name: features.extract(some, size, processes) for name, some in sets.items()}
     drawn = {name: found[name] for name in images.drawn}
@@ -74,14 +100,8 @@ def compare_images(
     numbers[IMAGE_SET] = int(sha256_json([features.name, images.items, images.captions])[:12], 16)
     if processes.is_main:  # others don't need them
         numbers |= image_set_metrics(seed, label, found["real"], drawn)
-    if features.has_captions:
-        judge = load_caption_features(encoder, pick_device())
-        if judge.is_same_text_encoder(text_encoder):
-            raise InputError(
-                f"evaluate.features: {features.name} has the base's own text encoder, so a model would be judged by a "
-                "part of itself; take another CLIP, or a DINOv2 such as facebook/dinov2-small"
-            )
-        texts = judge.extract(images.captions, size)
+    if judge.captions is not None:
+        texts = judge.captions.extract(images.captions, size)
         of_images = images.items, images.captions, texts
         numbers |= caption_metrics(seed, params.num_bootstrap, label, *of_images, found, values)
     if not params.nearest_neighbors:

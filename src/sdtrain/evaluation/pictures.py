@@ -1,13 +1,4 @@
-"""`data/evaluation`: images to look at beside the metrics, PNG files of up to 256 px a side.
-
-- `worst.json`: the held-out images with the highest loss, highest first, each with `item`, `text`, `image` (its file
-  below the folder), `loss_base` and `loss_trained`.
-- `neighbors.json`: `features`, the encoder's name, `num_samples`, the number of drawn images, `threshold`, the ratio
-  below which one is a near copy (null where too few images are held out), and `pairs`: the drawn images with the lowest
-  ratios, lowest first, each with `text`, `sample` and `train` (files), `item`, the training image's id, `distance`, and
-  `ratio`, over the distance to the nearest held-out image. Without an encoder `features` is null; if images weren't
-  compared with training images, there are no pairs.
-"""
+"""Writes `data/evaluation`, which `ground/pictures.py` describes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +10,7 @@ from sdtrain.data.shards import LatentShards
 from sdtrain.evaluation.drawn_images import DrawnImages, cropped_images
 from sdtrain.evaluation.image_comparison import Comparison
 from sdtrain.ground.files import write_json
+from sdtrain.ground.pictures import NEIGHBORS, WORST, Neighbors, Pair, Worst
 
 _NUM_SHOWN = 8
 _MAX_SIDE_PX = 256
@@ -44,12 +36,17 @@ def write_worst(
     """
     order = np.argsort(-losses["trained"], kind="stable")[:_NUM_SHOWN]
     found = dict(cropped_images(shards, dataset, {items[place] for place in order}))
-    rows = []
-    for rank, place in enumerate(order):
-        row = {"item": items[place], "text": captions[place]}
-        row["image"] = _save(found[items[place]], folder, f"worst/{rank:02}.png")
-        rows.append(row | {f"loss_{name}": float(losses[name][place]) for name in ("base", "trained")})
-    write_json(folder / "worst.json", rows)
+    rows = [
+        Worst(
+            item=items[place],
+            text=captions[place],
+            image=_save(found[items[place]], folder, f"worst/{rank:02}.png"),
+            loss_base=float(losses["base"][place]),
+            loss_trained=float(losses["trained"][place]),
+        )
+        for rank, place in enumerate(order)
+    ]
+    write_json(folder / WORST, [row.model_dump() for row in rows])
 
 
 def write_neighbors(
@@ -68,13 +65,21 @@ def write_neighbors(
     if found is not None:
         order = np.argsort(found.ratios, kind="stable")[:_NUM_SHOWN]
         train = dict(cropped_images(shards, dataset, {found.items[place] for place in order}))
-        for rank, place in enumerate(order):
-            row = {"text": images.captions[place], "item": found.items[place]}
-            row["sample"] = _save(images.drawn["trained"][place], folder, f"neighbors/{rank:02}-sample.png")
-            row["train"] = _save(train[found.items[place]], folder, f"neighbors/{rank:02}-train.png")
-            pairs.append(row | {"distance": float(found.distances[place]), "ratio": float(found.ratios[place])})
-    tree = {"features": compared.features, "num_samples": len(images.items), "threshold": compared.threshold}
-    write_json(folder / "neighbors.json", {**tree, "pairs": pairs})
+        pairs = [
+            Pair(
+                text=images.captions[place],
+                item=found.items[place],
+                sample=_save(images.drawn["trained"][place], folder, f"neighbors/{rank:02}-sample.png"),
+                train=_save(train[found.items[place]], folder, f"neighbors/{rank:02}-train.png"),
+                distance=float(found.distances[place]),
+                ratio=float(found.ratios[place]),
+            )
+            for rank, place in enumerate(order)
+        ]
+    shown = Neighbors(
+        features=compared.features, num_samples=len(images.items), threshold=compared.threshold, pairs=pairs
+    )
+    write_json(folder / NEIGHBORS, shown.model_dump())
 
 
 def _save(image: Image.Image, folder: Path, name: str) -> str:

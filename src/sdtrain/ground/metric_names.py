@@ -6,13 +6,13 @@ from typing import Literal
 Direction = Literal["lower", "higher"]
 
 IMAGE_SET = "image_set"
-"""In metrics/image_sets.json: a number that stands for encoder, items and captions; set metrics are comparable only
-where it is the same."""
-SET_METRICS = (
+"""In metrics/image_sets.json: a number that stands for encoder, items and captions; what an encoder says is comparable
+only where it is the same."""
+_BY_ENCODER = (
     *("mmd_polynomial_*", "mmd_rbf_*", "frechet_distance_*", "mind_*"),
-    *("precision_*", "recall_*", "density_*", "coverage_*"),
+    *("precision_*", "recall_*", "density_*", "coverage_*", "clip_score_*"),
 )
-"""By pattern of the name, those of a set as a whole, which have no values image by image."""
+"""By pattern of the name, what an image encoder says."""
 
 _BETTER: dict[str, Direction] = {
     "*_loss": "lower",
@@ -36,9 +36,9 @@ What isn't here has no better direction: counts, bounds of intervals, and how mu
 """
 
 
-def is_of_image_set(name: str) -> bool:
-    """Whether a metric is one of an image set as a whole."""
-    return any(fnmatchcase(name, pattern) for pattern in SET_METRICS)
+def is_by_encoder(name: str) -> bool:
+    """Whether a metric is what an image encoder says."""
+    return any(fnmatchcase(name, pattern) for pattern in _BY_ENCODER)
 
 
 def better_direction(name: str) -> Direction | None:

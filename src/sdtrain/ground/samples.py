@@ -12,14 +12,14 @@ the first image of a row has the same seed under every model, its second the nex
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
-from sdtrain.ground.errors import InputError
-from sdtrain.ground.files import read_json, write_json
+from sdtrain.ground.files import write_json
+from sdtrain.ground.records import check_record, read_record
 
 IMAGES, GRID = "images", "grid.png"
 LIST = "samples.json"
-_AGAIN = "run `dvc repro sample`"
+_STAGE = "sample"
 
 
 class _Record(BaseModel):
@@ -80,21 +80,12 @@ class Samples(_Record):
         Raises:
             InputError: it is missing or broken; names the file.
         """
-        path = folder / LIST
-        try:
-            tree = read_json(path)
-        except InputError as fault:
-            raise InputError(f"{fault}; {_AGAIN}") from None
-        return cls.parse(tree, str(path))
+        return read_record(folder / LIST, cls, _STAGE)
 
     @classmethod
     def parse(cls, tree: object, name: str) -> Self:
         """The list of a JSON tree; an `InputError` begins with `name`."""
-        try:
-            return cls.model_validate(tree)
-        except ValidationError as error:
-            fault = error.errors()[0]
-            raise InputError(f"{name}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}; {_AGAIN}") from None
+        return check_record(tree, cls, name, _STAGE)
 
     def write(self, folder: Path) -> None:
         """Write it to its folder."""

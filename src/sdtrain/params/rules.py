@@ -7,7 +7,7 @@ message can name every fault.
 from sdtrain.ground.schedules import scaled_lr
 from sdtrain.params.method_rules import METHOD_RULES, conditions_of
 from sdtrain.params.schema import BUILTIN_CLIP
-from sdtrain.params.view import NEUTRAL, Rule, View, has_effect, source_reads_it
+from sdtrain.params.view import Rule, View, has_effect, source_reads_it
 
 
 def _hub_needs_repo(section: str) -> Rule:
@@ -29,18 +29,6 @@ def _nothing_drawn(p: View) -> tuple[str, str] | None:
     if p.dataset.source != "generated" and not knows_own:
         told = f"evaluate.features = {features!r}" + (f" of {path}" if features == "local" else "")
         return f"{told} and dataset.source = {p.dataset.source!r}, where nothing is drawn", "evaluate.features to hub"
-
-
-def _features_come_from(field: str, source: str) -> Rule:
-    def rule(p: View) -> str | None:
-        features, value = p.evaluate.features, getattr(p.evaluate, field)
-        if features != source and value not in (None, NEUTRAL.get(f"evaluate.{field}")):
-            return (
-                f"evaluate.{field} = {value!r}: evaluate.features = {features!r} doesn't read it; set "
-                f"evaluate.features: {source}, or evaluate.{field}: {NEUTRAL.get(f'evaluate.{field}', 'null')}"
-            )
-
-    return rule
 
 
 def _features_need_repo(p: View) -> str | None:
@@ -248,9 +236,10 @@ def _captions_survive_the_flip(p: View) -> str | None:
 
 RULES: tuple[Rule, ...] = (
     _hub_needs_repo("base"), _hub_needs_repo("dataset"), _some_is_trained_on, _features_need_repo,
-    _neighbors_need_features, _features_come_from("features_path", "local"),
-    _features_come_from("features_repo", "hub"),
-    _features_come_from("features_revision", "hub"),
+    _neighbors_need_features,
+    source_reads_it("evaluate.features_path", "local", source_field="features"),
+    source_reads_it("evaluate.features_repo", "hub", source_field="features"),
+    source_reads_it("evaluate.features_revision", "hub", source_field="features"),
     source_reads_it("base.repo", "hub"), source_reads_it("base.revision", "hub"),
     source_reads_it("base.path", "local"),
     source_reads_it("dataset.repo", "hub"), source_reads_it("dataset.revision", "hub"),

@@ -70,16 +70,16 @@ Rule = Callable[[View], str | None]
 """Finds one fault, or none."""
 
 
-def source_reads_it(key: str, *sources: str) -> Rule:
+def source_reads_it(key: str, *sources: str, source_field: str = "source") -> Rule:
     """The field must be neutral unless its section's source is one of `sources`, those that read it."""
     section, field = key.split(".")
 
     def rule(p: View) -> str | None:
-        source, value = getattr(p, section).source, getattr(getattr(p, section), field)
+        source, value = getattr(getattr(p, section), source_field), getattr(getattr(p, section), field)
         if source not in sources and not _is_neutral(key, value):
             return (
-                f"{key} = {value!r}: {section}.source = {source!r} doesn't read it; "
-                f"set {section}.source: {sources[0]}, or {key}: {_neutral(key)}"
+                f"{key} = {value!r}: {section}.{source_field} = {source!r} doesn't read it; "
+                f"set {section}.{source_field}: {sources[0]}, or {key}: {_neutral(key)}"
             )
 
     return rule

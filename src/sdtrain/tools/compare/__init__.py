@@ -14,7 +14,7 @@ import numpy as np
 
 from sdtrain.ground import randomness
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.metric_names import IMAGE_SET, Direction, better_direction, is_of_image_set
+from sdtrain.ground.metric_names import IMAGE_SET, Direction, better_direction, is_by_encoder
 from sdtrain.ground.statistics import (
     Difference,
     bootstrap_interval,
@@ -114,7 +114,8 @@ class Measured:
     by_item: np.ndarray
     """[seeds, items]; no items if the metric has no single values."""
     asked: tuple | None
-    """Item, text and timestep of each single value; None if that isn't the same in all runs."""
+    """Item, text and timestep of each single value, and of what an image encoder says a number that stands for it and
+    its images; None if that isn't the same in all runs."""
 
 
 def compare(runs: list[Run], metric: str, baseline: str | None = None) -> Comparison:
@@ -165,9 +166,8 @@ def compare(runs: list[Run], metric: str, baseline: str | None = None) -> Compar
 def measure(recipe: Recipe, metric: str) -> Measured:
     """A metric that all of the recipe's runs have; what single values there are, by seed and item."""
     tables = [_single_values(run, metric) for run in recipe.runs.values()]
-    asked = {tuple(table.index) for table in tables}
-    if is_of_image_set(metric):
-        asked = {(run.numbers.get(IMAGE_SET, run.name),) for run in recipe.runs.values()}
+    judges = [run.numbers.get(IMAGE_SET, run.name) if is_by_encoder(metric) else None for run in recipe.runs.values()]
+    asked = {(judge, *table.index) for judge, table in zip(judges, tables, strict=True)}
     if len(asked) > 1:
         return Measured(_by_seed(recipe, metric), np.empty((len(tables), 0)), None)
     by_item = np.array([table.groupby(level=["item", "text"]).mean() for table in tables], dtype=np.float64)

@@ -35,15 +35,15 @@ class Shown:
         return list(dict.fromkeys(picture.id for picture in pictures))
 
     def leave_out(self) -> bool:
-        """Leave out what is worth least, but for the matrix's first row as long as there is something else."""
-        lists: list[list] = [self.matrix.rows[1:] and self.matrix.rows, self.prompts]
+        """Leave out the last of the longest list, so that something of each stays as long as it can."""
+        lists: list[list] = [self.matrix.rows, self.prompts]
         lists += [part for found in self.found for part in (found.pairs, found.worst)]
-        for part in [*lists, self.matrix.rows]:
-            if part:
-                part.pop()
-                self.num_left_out += 1
-                return True
-        return False
+        longest = max(lists, key=len)
+        if not longest:
+            return False
+        longest.pop()
+        self.num_left_out += 1
+        return True
 
 
 def fit(shown: Shown, gallery: Gallery, max_mb: int, render: Callable[[dict[str, str], str], str]) -> str:

@@ -3,16 +3,14 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
 from sdtrain.ground.errors import InputError
+from sdtrain.ground.pictures import NEIGHBORS, WORST, Neighbors, Pair, Worst
+from sdtrain.ground.records import check_record
 from sdtrain.tools.report.recorded import EVALUATION, VALIDATION, Recorded
 from sdtrain.tools.report.thumbnails import Gallery, Picture
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -29,41 +27,6 @@ class Prompt:
 
     text: str
     tracks: list[Track]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
-
-
-class Worst(_Record):
-    """A held-out image with a high loss, as `data/evaluation/worst.json` has it."""
-
-    item: str
-    text: str
-    image: str
-    loss_base: FiniteFloat
-    loss_trained: FiniteFloat
-
-
-class Pair(_Record):
-    """A generated image and the training image that is nearest to it."""
-
-    text: str
-    sample: str
-    train: str
-    item: str
-    distance: FiniteFloat
-    ratio: FiniteFloat
-    """Distance over that to the nearest held-out image."""
-
-
-class Neighbors(_Record):
-    """As `data/evaluation/neighbors.json` has them, lowest ratio first."""
-
-    features: str | None
-    num_samples: int
-    threshold: FiniteFloat | None
-    pairs: list[Pair]
 
 
 @dataclass
@@ -98,13 +61,13 @@ def evaluation_images(run: Recorded, gallery: Gallery) -> Found:
     """What `evaluate` found of a run."""
     folder, found = run.outs[EVALUATION], Found(run.name)
     try:
-        worst = _check(folder.json("worst.json"), list[Worst], "worst.json")
+        worst = check_record(folder.json(WORST), list[Worst], f"{EVALUATION}/{WORST}", "evaluate")
         pictures = [(entry, gallery.find(folder, entry.image)) for entry in worst]
         found.worst = [(entry, picture) for entry, picture in pictures if picture]
     except InputError as fault:
         found.no_worst = str(fault)
     try:
-        found.neighbors = _check(folder.json("neighbors.json"), Neighbors, "neighbors.json")
+        found.neighbors = check_record(folder.json(NEIGHBORS), Neighbors, f"{EVALUATION}/{NEIGHBORS}", "evaluate")
     except InputError as fault:
         found.no_neighbors = str(fault)
         return found
@@ -117,15 +80,6 @@ def evaluation_images(run: Recorded, gallery: Gallery) -> Found:
         if sample and train:
             found.pairs.append((pair, sample, train))
     return found
-
-
-def _check(tree: Any, kind: type[T], name: str) -> T:
-    try:
-        return TypeAdapter(kind).validate_python(tree)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"]))
-        raise InputError(f"{EVALUATION}/{name}: {place}: {fault['msg']}; run `dvc repro evaluate`") from None
 
 
 def _by_number(name: str) -> list:
