@@ -15,6 +15,7 @@ def main() -> None:
         model=paths.MODEL,
         samples=paths.SAMPLES,
         metrics=paths.EVALUATE_METRICS,
+        image_sets=paths.IMAGE_SET_METRICS,
         accuracy_table=paths.ACCURACY_TABLE,
         relighting_table=paths.RELIGHTING_TABLE,
         out=paths.CARD,

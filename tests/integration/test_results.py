@@ -153,7 +153,9 @@ def test_evaluate_writes_the_numbers_with_their_counts(workspace, model, tmp_pat
     numbers = workspace.evaluate(model, tmp_path, params)
     num_validation = json.loads((workspace.folder / "dataset.json").read_text())["num_validation"]
     assert numbers["num_held_out"] == num_validation
-    assert f"held-out images: {num_validation} of the validation split" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert f"held-out images: {num_validation} of the validation split" in told.out
+    assert "too narrow" not in told.err
     gain = numbers["held_out_loss_base"] - numbers["held_out_loss_trained"]
     assert numbers["held_out_loss_gain"] == pytest.approx(gain, abs=1e-9)
     assert numbers["held_out_loss_gain_ci_low"] <= gain <= numbers["held_out_loss_gain_ci_high"]
@@ -193,8 +195,10 @@ def test_a_metric_is_the_mean_of_the_values_in_the_table(workspace, run, model, 
     assert (again / "values.parquet").read_bytes() == (tmp_path / "values.parquet").read_bytes()
 
 
-def test_a_model_equal_to_its_base_gains_exactly_nothing(workspace, tmp_path):
+def test_a_model_equal_to_its_base_gains_exactly_nothing_and_four_images_are_called_few(workspace, tmp_path, capsys):
     numbers = workspace.evaluate(workspace.base, tmp_path, workspace.make_params())
+    told = "WARNING: intervals over 4 held-out images are too narrow; raise evaluate.max_samples"
+    assert told in capsys.readouterr().err
     assert numbers["held_out_loss_gain"] == numbers["held_out_loss_gain_ci_high"] == 0
     assert numbers["memorized_gain"] == numbers["memorized_guidance"] == numbers["memorized_gain_ci_high"] == 0
     assert numbers["known_shape_accuracy_base"] == numbers["known_shape_accuracy_trained"]

@@ -79,8 +79,8 @@ class Project:
     def __init__(self, folder: Path, make_params) -> None:
         self.folder, self.make_params = folder, make_params
         self.base, self.model, self.samples, self.out = (folder / n for n in ("base", "model", "samples", "card"))
-        self.metrics, self.accuracies = folder / "evaluate.json", folder / "prompt_accuracy.csv"
-        self.relighting = folder / "relighting.csv"
+        self.metrics, self.image_sets = folder / "evaluate.json", folder / "image_sets.json"
+        self.accuracies, self.relighting = folder / "prompt_accuracy.csv", folder / "relighting.csv"
 
     def build(
         self, *, files: dict[str, int], sources=LOCAL, unet=(64, 128), generated=True, export=None, made=None, **changes
@@ -127,6 +127,8 @@ class Project:
         rows = RELIT_ROWS if relit else []
         numbers |= {f"{metric}_{model}": value for metric, model, value, *_ in rows}
         self.write(self.metrics, numbers)
+        drawn = json.loads((root / "metrics" / "image_sets.json").read_text())
+        self.write(self.image_sets, drawn if generated and not relit else {})  # as without an encoder
         self.accuracies.write_text(table)
         lines = [RELIT_COLUMNS, *(",".join(map(str, row)) for row in rows)]
         self.relighting.write_text("".join(f"{line}\n" for line in lines))
@@ -151,7 +153,7 @@ class Project:
         """Write the card, and return its text."""
         write_card(
             self.params.sample.model_copy(update=sample), self.params.evaluate, self.params.seed, self.base, self.model,
-            self.samples, self.metrics, self.accuracies, self.relighting, self.out,
+            self.samples, self.metrics, self.image_sets, self.accuracies, self.relighting, self.out,
         )  # fmt: skip
         assert sorted(path.name for path in self.out.iterdir()) == ["README.md", "grid.png"]
         assert (self.out / "grid.png").read_bytes() == (self.samples / "grid.png").read_bytes()
@@ -322,7 +324,7 @@ def test_the_front_matter_has_the_trained_models_metrics(case):
     assert index["name"] == case.config["export"]["name"]
     assert result["task"] == {"type": head["pipeline_tag"]}
     assert result["dataset"] == {"type": images, "name": f"held-out images ({images})"}
-    numbers = json.loads(case.metrics.read_text())
+    numbers = json.loads(case.metrics.read_text()) | json.loads(case.image_sets.read_text())
     found = {f"{metric['type']}_trained": metric["value"] for metric in result["metrics"]}
     assert found == {name: value for name, value in numbers.items() if name.endswith("_trained")}
     assert found["held_out_loss_trained"] > 0
@@ -406,8 +408,52 @@ def test_metrics_stand_beside_each_other_with_interval_and_n(project):
     assert rows[9] == gap
     assert rows[6] == ["loss of as many training images", "0.1299", "0.03368", "225 images"]
     assert rows[10] == ["color, new concepts", "0.0 % (0.0 % to 3.8 %)", "95.8 % (89.8 % to 98.4 %)", "96"]
-    assert len(rows) == 2 + 8 + 12
+    assert len(rows) == 2 + 8 + 12 + 10
     assert "don't show that training helped" not in card
+
+
+def test_drawn_images_stand_beside_what_real_ones_get(project):
+    card = project.build(files=PIPELINE).card()
+    rows = table(card)[-10:]
+    assert rows[0] == [
+        "CLIPScore, higher is better; real images 79.28", "59.15", "76.94 (76.16 to 77.71)", "320 images",
+    ]  # fmt: skip
+    assert rows[3] == [
+        "Fréchet distance, lower is better; real images 1.401 (1.053 to 1.749)", "2.943", "1.512 (1.156 to 1.869)",
+        "160 images",
+    ]  # fmt: skip
+    assert rows[-1][0] == "share of near copies of training images, about 0.05 by chance"
+    assert "judged by the image encoder builtin_clip; what another says, or of other images, can't be compared." in card
+    assert "What real images get in the trained model's place stands in the first column" in card
+
+
+def test_only_what_was_measured_of_drawn_images_is_said(project):
+    """A few images, judged by an encoder that is no CLIP; then no encoder at all."""
+    project.build(files=PIPELINE)
+    num_rows = len(table(project.card())) - 10
+    share = {"base": 0.1, "trained": 0.2, "trained_ci_low": 0.15, "trained_ci_high": 0.25}
+    drawn = {f"near_copy_share_dinov2_small_{name}": value for name, value in share.items()}
+    project.write(project.image_sets, {"num_drawn_images": 60, **drawn})
+    card = project.card()
+    label = "share of near copies of training images, about 0.05 by chance"
+    assert table(card)[num_rows:] == [[label, "0.1", "0.2 (0.15 to 0.25)", "60 images"]]
+    assert "by the image encoder dinov2_small;" in card
+    assert "What real images get" not in card
+    project.write(project.image_sets, {})
+    card = project.card()
+    assert len(table(card)) == num_rows
+    assert "image encoder" not in card
+
+
+@pytest.mark.parametrize(
+    "left_out", ["clip_score_builtin_clip_base", "mind_builtin_clip_floor_ci_low", "num_set_images", "num_drawn_images"]
+)
+def test_half_of_what_an_encoder_said_is_an_error(project, left_out):
+    numbers = json.loads(project.build(files=PIPELINE).image_sets.read_text())
+    del numbers[left_out]
+    project.write(project.image_sets, numbers)
+    with pytest.raises(InputError, match=rf"image_sets\.json: has \w+_trained and no {left_out}; run `dvc repro eval"):
+        project.card()
 
 
 @pytest.mark.parametrize("name", ["ic-light", "ic-light, map"])

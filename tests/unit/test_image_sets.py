@@ -43,6 +43,16 @@ def test_models_that_draw_the_same_differ_by_nothing():
     assert set(gains) == {0}
 
 
+def test_intervals_stay_where_a_metric_can_be():
+    """Sets of one distribution, whose precision and recall are nearly 1, and sets that hardly meet."""
+    for shift in (0.0, 3.0):
+        drawn = features(1, 60, shift)
+        found = image_set_metrics(0, "clip", features(0, 60), {"base": drawn, "trained": drawn})
+        for metric in ("precision", "recall", "coverage"):
+            assert 0 <= found[f"{metric}_clip_trained_ci_low"] <= found[f"{metric}_clip_trained"]
+            assert found[f"{metric}_clip_trained"] <= found[f"{metric}_clip_trained_ci_high"] <= 1
+
+
 def test_fewer_than_200_images_get_the_floor_and_no_verdict(capsys):
     drawn = {"base": features(1, 199), "trained": features(2, 199)}
     found = image_set_metrics(0, "clip", features(0, 199), drawn)

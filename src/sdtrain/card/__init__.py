@@ -33,6 +33,7 @@ def write_card(
     model: Path,
     samples: Path,
     metrics: Path,
+    image_sets: Path,
     accuracy_table: Path,
     relighting_table: Path,
     out: Path,
@@ -41,7 +42,7 @@ def write_card(
 
     Args:
         sample: what the grid in `samples` was drawn with.
-        evaluate: what `metrics` and the tables were measured with.
+        evaluate: what `metrics`, `image_sets` and the tables were measured with.
 
     Raises:
         InputError: an input is missing or broken; names the file, and the stage that writes it.
@@ -49,10 +50,10 @@ def write_card(
     found, grid, drawn = read_model(model, base), _find_grid(samples), Samples.read(samples)
     shown = sample if sample.num_held_out is None else sample.model_copy(update={"prompts": drawn.texts})
     sections = [
-        f"---\n{_front_matter(found, metrics).to_yaml()}\n---",
+        f"---\n{_front_matter(found, metrics, image_sets).to_yaml()}\n---",
         _title(found),
         images(found, shown, seed, grid.name, [name for name in drawn.models if name not in ("base", "trained")]),
-        results(found, evaluate, metrics, accuracy_table, relighting_table),
+        results(found, evaluate, metrics, image_sets, accuracy_table, relighting_table),
         _training(found),
         usage(found, shown, seed),
         _reproduction(found, sample, evaluate),
@@ -76,7 +77,7 @@ def _find_grid(samples: Path) -> Path:
     return grid
 
 
-def _front_matter(model: Model, metrics: Path) -> ModelCardData:
+def _front_matter(model: Model, metrics: Path, image_sets: Path) -> ModelCardData:
     """The card's YAML header, without a licence: that is the user's to choose."""
     source, dataset = model.unet_source, model.config.params.dataset
     relation = "finetune" if model.files.lora is None and model.files.controlnet is None else "adapter"
@@ -88,7 +89,7 @@ def _front_matter(model: Model, metrics: Path) -> ModelCardData:
         library_name="diffusers",
         pipeline_tag=task,
         model_name=model.config.export.name,
-        eval_results=eval_results(metrics, f"held-out images ({images_of})", images_of, task),
+        eval_results=eval_results(metrics, image_sets, f"held-out images ({images_of})", images_of, task),
         base_model=base_model,
         base_model_relation=relation if base_model else None,
         datasets=[one_line(dataset.repo)] if dataset.repo else None,

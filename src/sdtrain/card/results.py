@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 from huggingface_hub import EvalResult
 from pydantic import BaseModel, FiniteFloat, StringConstraints
 
+from sdtrain.card.image_sets import image_set_notes, image_set_rows
 from sdtrain.card.recorded import Model
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.records import check_record, read_record
@@ -73,7 +74,14 @@ class _Relighting(_Interval):
 _Row = TypeVar("_Row", _Accuracy, _Relighting)
 
 
-def results(model: Model, evaluate: EvaluateParams, metrics: Path, accuracy_table: Path, relighting_table: Path) -> str:
+def results(
+    model: Model,
+    evaluate: EvaluateParams,
+    metrics: Path,
+    image_sets: Path,
+    accuracy_table: Path,
+    relighting_table: Path,
+) -> str:
     """A table of every metric that both models have.
 
     Args:
@@ -82,8 +90,9 @@ def results(model: Model, evaluate: EvaluateParams, metrics: Path, accuracy_tabl
     Raises:
         InputError: a file is missing or broken, or they aren't of one run.
     """
-    numbers = read_record(metrics, dict[_Name, FiniteFloat], _STAGE)
+    numbers = _read_numbers(metrics)
     accuracies, relighting = _read_table(accuracy_table, _Accuracy), _read_table(relighting_table, _Relighting)
+    drawn = _read_numbers(image_sets)
     rows = _loss_rows(numbers, evaluate, metrics)
     stems = [name.removesuffix("_base") for name in numbers if name.endswith("_base")]
     order = {stem: place for place, stem in enumerate(_LOSSES)}
@@ -101,14 +110,14 @@ def results(model: Model, evaluate: EvaluateParams, metrics: Path, accuracy_tabl
             rows.append((_LOSSES[stem], *both, f"{numbers['num_held_out']:.0f} images"))
         else:
             rows.append((stem.replace("_", " "), *(f"{numbers[f'{stem}_{m}']:.4g}" for m in ("base", "trained")), ""))
-    rows += _relighting_rows(numbers, relighting, metrics)
+    rows += _relighting_rows(numbers, relighting, metrics) + image_set_rows(drawn, image_sets)
     table = [("", "base", "trained", "N"), ("---",) * 4, *rows]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in table)
-    notes = _notes(model, evaluate, numbers, bool(accuracies), bool(relighting))
+    notes = _notes(model, evaluate, numbers, bool(accuracies), bool(relighting)) + image_set_notes(drawn)
     return f"## Results\n\n{lines}\n\n{' '.join(notes)}"
 
 
-def eval_results(metrics: Path, dataset: str, source: str, task: str) -> list[EvalResult]:
+def eval_results(metrics: Path, image_sets: Path, dataset: str, source: str, task: str) -> list[EvalResult]:
     """The trained model's metrics, as `model-index` in the card's header has them for the hub.
 
     Args:
@@ -117,9 +126,9 @@ def eval_results(metrics: Path, dataset: str, source: str, task: str) -> list[Ev
         task: the hub's name of what the model does.
 
     Raises:
-        InputError: the file is missing or broken.
+        InputError: a file is missing or broken.
     """
-    numbers = read_record(metrics, dict[_Name, FiniteFloat], _STAGE)
+    numbers = _read_numbers(metrics) | _read_numbers(image_sets)
     stems = [name.removesuffix("_trained") for name in numbers if name.endswith("_trained")]
     return [
         EvalResult(
@@ -132,6 +141,10 @@ def eval_results(metrics: Path, dataset: str, source: str, task: str) -> list[Ev
         )
         for stem in stems
     ]
+
+
+def _read_numbers(file: Path) -> dict[str, float]:
+    return read_record(file, dict[_Name, FiniteFloat], _STAGE)
 
 
 def _read_table(table: Path, kind: type[_Row]) -> dict[str, _Row]:
@@ -245,7 +258,7 @@ def _notes(
         )
     if has_accuracies:
         notes.append(
-            "The other rows are shares of images that show what their prompt says, measured on the pixels "
+            "The rows of concepts are shares of images that show what their prompt says, measured on the pixels "
             f"({evaluate.num_inference_steps} steps, guidance scale {evaluate.guidance_scale:g}). Of prompts with new "
             "concepts, color, shape and style count where the prompt's own is new."
         )
@@ -266,7 +279,7 @@ def _relighting_notes(evaluate: EvaluateParams, numbers: dict[str, float]) -> li
         )
 
     return [
-        "The other rows are measured on the pixels of images of scenes that are in no data set "
+        "The rows of light and object are measured on the pixels of images of scenes that are in no data set "
         f"({evaluate.num_inference_steps} steps, guidance scale {evaluate.guidance_scale:g}); lights are added up and "
         "compared in linear light, relative to the image under both.",
         "Of adding up, read the error together with the difference: a model that ignores the light has 1 and 0.",

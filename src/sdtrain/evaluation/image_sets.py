@@ -10,6 +10,7 @@ import numpy as np
 from sdtrain.evaluation.clip_score import clip_score
 from sdtrain.evaluation.set_metrics import (
     MIN_VERDICT_IMAGES,
+    RANGES,
     against_other_halves,
     differs_from_real,
     interval,
@@ -58,7 +59,8 @@ def image_set_metrics(seed: int, label: str, real: np.ndarray, drawn: dict[str, 
         bounds = {"floor": np.percentile(floor, [2.5, 97.5])}
         gain = halves["trained"][metric] - halves["base"][metric]
         numbers[f"{stem}_gain"] = float(gain.mean())
-        bounds |= {"trained": interval(halves["trained"][metric]), "gain": interval(gain)}
+        trained = np.clip(interval(halves["trained"][metric]), *RANGES.get(metric, (None, None)))
+        bounds |= {"trained": trained, "gain": interval(gain)}
         for name, (low, high) in bounds.items():
             numbers |= {f"{stem}_{name}_ci_low": float(low), f"{stem}_{name}_ci_high": float(high)}
         differs = differs_from_real(halves["trained"][metric], floor, num)

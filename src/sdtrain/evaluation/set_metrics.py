@@ -27,6 +27,11 @@ Measure = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
 MIN_VERDICT_IMAGES = 200
 """With fewer, the floor is too wide for a verdict to mean much."""
+RANGES = {
+    "frechet_distance": (0, np.inf), "mind": (0, np.inf), "density": (0, np.inf),
+    "precision": (0, 1), "recall": (0, 1), "coverage": (0, 1),
+}  # fmt: skip
+"""Outside which a metric can't be; an unbiased MMD² can be anything."""
 _MIN_IMAGES_PER_FEATURE = 5
 """Below it the covariances' own errors make up most of a Fréchet distance."""
 _MMD_SCALE = 1000
@@ -158,7 +163,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     """95 % interval over images of a metric's expectation, from its values between halves, or from their differences.
 
     The values are `against_other_halves`'s. A difference of two models is paired, if both come from the same halvings:
-    what they owe to the same images, real or of the same prompts and seeds, cancels. Of a share it may pass 0 or 1.
+    what they owe to the same images, real or of the same prompts and seeds, cancels. It doesn't know a metric's range.
     """
     half_width = 1.959964 * values.std(ddof=1)
     return float(values.mean() - half_width), float(values.mean() + half_width)
