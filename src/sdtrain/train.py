@@ -21,8 +21,8 @@ from sdtrain.training.step import optimizer_step
 from sdtrain.training.validation import draw_images, validate
 
 _ADVICE = (
-    "Look at its images before you use it. Usual causes: train.lr is too low, the run is too short, or the data's "
-    "captions or conditions don't belong to their images."
+    "Look at its images before you use it. Usual causes: train.lr is too low or far too high, the run is too short, or "
+    "the data's captions or conditions don't belong to their images."
 )
 
 

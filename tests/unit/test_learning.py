@@ -41,6 +41,18 @@ def test_a_learning_rate_that_is_too_high_is_told():
     assert "is too high" in found
 
 
+def test_a_learning_rate_4_times_too_high_is_not_called_too_low():
+    """Though what it broke at first it mends as fast at its end as before."""
+    found = learning_fault(*curves([0.12875, 0.22542, 0.13914, 0.11037, 0.10157, 0.09811], 8e-3, 100))
+    assert "rose from 0.12875 to 0.22542 at step 20 and fell to 0.09811 only" in found
+    assert "a learning rate of 0.008 is too high" in found
+    assert "too low" not in found
+
+
+def test_a_small_rise_before_a_small_fall_is_no_fault():
+    assert learning_fault(*curves([0.13, 0.135, 0.127, 0.1255, 0.1252, *[0.125] * 6], 1e-5)) is None
+
+
 def test_a_run_that_ends_above_its_start_is_told():
     found = learning_fault(*curves([0.13, 0.08, 0.09, 0.12, 0.13, 0.14], 2e-3))
     assert "fell from 0.13000 to 0.08000 at step 12 and ended at 0.14000, above its start" in found

@@ -6,6 +6,8 @@ import numpy as np
 
 _SMALL_SHARE = 0.25
 """A fall of the held-out loss by less than this share of the base's is small."""
+_RISE_SHARE = 0.1
+"""A rise above the base's loss by more than this share of it, before a small fall, is damage by large steps."""
 _LINEAR_SHARE = 0.65
 """A run that got less than this share of its gain from the first half of its summed learning rate was still falling as
 fast at its end: one that has learned flattens, and gets three quarters and more."""
@@ -33,7 +35,13 @@ def learning_fault(validation: Sequence[Mapping[str, float]], train: Sequence[Ma
             f"the held-out loss fell from {base:.5f} to {best[kind]:.5f} at step {best['step']:.0f} and ended at "
             f"{last[kind]:.5f}, above its start: a learning rate of {peak_lr:.2g} is too high, or the run too long"
         )
-    gain = base - best[kind]
+    gain, worst = base - best[kind], max(rows, key=lambda row: row["loss_raw"])
+    rise = worst["loss_raw"] - validation[0]["loss_raw"]
+    if gain < _SMALL_SHARE * base and rise > max(gain, _RISE_SHARE * base):
+        return (
+            f"the held-out loss rose from {base:.5f} to {worst['loss_raw']:.5f} at step {worst['step']:.0f} and fell "
+            f"to {best[kind]:.5f} only: a learning rate of {peak_lr:.2g} is too high"
+        )
     share = _share_of_first_half(validation, train)
     if gain < _SMALL_SHARE * base and share is not None and share < _LINEAR_SHARE:
         return (
