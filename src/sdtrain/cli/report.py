@@ -34,4 +34,4 @@ def _report(options: argparse.Namespace) -> None:
     page = report(root, runs, notes, list(dict.fromkeys(options.metric or [DEFAULT_METRIC])), options.max_mb)
     content = page.encode(errors="replace")  # of a caption's text, what is no text
     write_bytes(options.output, content)
-    print(f"{options.output}: {len(runs)} runs, {len(content) / 1e6:.1f} MB")
+    print(f"{options.output}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {len(content) / 1e6:.1f} MB")

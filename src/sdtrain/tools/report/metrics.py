@@ -9,6 +9,9 @@ from sdtrain.tools.report.recorded import Recorded
 _MODELS = ("base", "trained", "gain", "floor", "real", "copy", "vae")
 """With which a metric's name can end: models, how they differ, and what a metric is worth without one."""
 
+_DIFFERS = "_differs_from_real"
+"""With which the name of a verdict ends, 0 or 1."""
+
 Bounds = tuple[float, float, float | None]
 """Of a 95 % interval; and N, if it is known."""
 
@@ -21,7 +24,7 @@ class Cell:
     interval: str = ""
     num: str = ""
     others: list[tuple[str, str]] = field(default_factory=list)
-    """Of other models, and the base's where it isn't the same in all runs."""
+    """Of other models, the base's where it differs between runs; and whether images can be told from real ones."""
 
 
 @dataclass
@@ -47,7 +50,7 @@ def metrics_table(runs: Sequence[Recorded]) -> list[Metric]:
     bounds = [_bounds(run, found) for run, found in zip(runs, numbers, strict=True)]
     stems: dict[str, None] = {}
     for found in numbers:
-        stems |= dict.fromkeys(_split(name, found) for name in found if not _is_bound(name, found))
+        stems |= dict.fromkeys(_split(name, found) for name in found if not _belongs_to_another(name, found))
     stems.pop(IMAGE_SET, None)  # a number without a meaning of its own
     table = []
     for stem in stems:
@@ -69,7 +72,9 @@ def _split(name: str, numbers: dict[str, float]) -> str:
     return stem if model in _MODELS and f"{stem}_trained" in numbers else name
 
 
-def _is_bound(name: str, numbers: dict[str, float]) -> bool:
+def _belongs_to_another(name: str, numbers: dict[str, float]) -> bool:
+    if name.endswith(_DIFFERS):
+        return f"{name.removesuffix(_DIFFERS)}_trained" in numbers
     return any(name.removesuffix(end) in numbers for end in ("_ci_low", "_ci_high", "_num") if name.endswith(end))
 
 
@@ -96,6 +101,8 @@ def _cell(stem: str, numbers: dict[str, float], bounds: dict[str, Bounds]) -> Ce
         for model in _MODELS
         if own != stem and (name := f"{stem}_{model}") in numbers and name != own
     ]
+    if (verdict := f"{stem}{_DIFFERS}") in numbers:
+        others.append(("told from real images:", "yes" if numbers[verdict] else "no"))
     num = bounds[own][2] if own in bounds else None
     if num is None and (counted := _counted(stem, numbers)):
         num = numbers.get(counted)
