@@ -93,7 +93,7 @@ def make_run() -> Callable[..., Run]:
         losses = loss + 0.01 * rng.standard_normal() + np.linspace(-0.3, 0.3, NUM_ITEMS)
         values = read_values(table_of(losses), "t") if items else None
         name = name or f"lr-{params['train']['lr']}-seed-{seed}"
-        return Run(name, False, params, lock_of(params, code), {LOSS: float(losses.mean())}, values)
+        return Run(name, False, params, lock_of(params, code), {LOSS: float(losses.mean())}, values, {})
 
     return make
 
@@ -103,6 +103,7 @@ def project(tmp_path, monkeypatch):
     """A repository with HEAD, and a function that adds experiments to it."""
     monkeypatch.chdir(tmp_path)
     git("init", "--quiet")
+    Path(".dvc").mkdir()
     for path, content in files_of(PARAMS, np.full(NUM_ITEMS, 1.0), 1.0).items():
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_bytes(content)
@@ -320,7 +321,7 @@ def test_a_metric_without_single_values_is_compared_over_seeds(make_run):
     values = [np.array([run.numbers[LOSS] for run in part]) for part in (runs[4:], runs[:4])]
     assert found.ranked[0].verdict.difference == welch_difference(*values)
     assert not found.ranked[0].verdict.over_images
-    assert any("on these images only" in line for line in sentences(found))
+    assert any("on these same images" in line for line in sentences(found))
 
 
 def test_with_the_best_as_reference_all_pairs_are_adjusted_for(make_run):
@@ -511,7 +512,7 @@ def call(*arguments: str) -> None:
 
 def test_the_command_ranks_heads_experiments(swept, capsys):
     lines = printed(capsys).splitlines()
-    assert lines[0] == f"{LOSS}, lower is better"
+    assert lines[0] == f"{LOSS}, lower is better; the reference is the recipe of HEAD"
     table = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines[1:5]]
     assert table[1][:3] == ["train.lr 0.002", "3", "0.9"]
     assert [row[-1] for row in table[1:]] == ["better", "better", "(reference)"]
@@ -524,6 +525,42 @@ def test_the_command_names_those_that_cannot_be_told_from_the_best(swept, capsys
     experiments = [f"lr-{lr}-seed-{seed}" for lr in (2e-3, 4e-3) for seed in range(3)]
     out = printed(capsys, *experiments)
     assert "train.lr 0.004 can't be told from train.lr 0.002 (difference +0.01, 95 % " in out
+    assert out.splitlines()[0].endswith("; the reference is the best")
+
+
+def test_what_is_wrong_with_a_run_stands_below_the_verdicts(project, capsys):
+    """Its validations say that training did harm, whatever the metric says of it."""
+    curves = {
+        "metrics/validation.csv": b"step,loss_raw\n0,0.5\n10,0.9\n20,0.8\n30,0.7\n",
+        "metrics/train.csv": b"step,lr\n10,0.2\n20,0.2\n30,0.2\n",
+    }
+    params = copy.deepcopy(PARAMS)
+    params["train"]["lr"] = 0.2
+    add_experiment("harmed", files_of(params, np.full(NUM_ITEMS, 0.5), 0.5) | curves)
+    last = printed(capsys, "HEAD", "harmed").splitlines()[-1]
+    assert last.startswith("WARNING: harmed: training never lowered the held-out loss, 0.50000 before it and 0.70000")
+    tree = json.loads(printed(capsys, "HEAD", "harmed", "--json"))
+    assert list(tree["faults"]) == ["harmed"]
+
+
+def test_a_second_metric_is_refused(swept, capsys):
+    with pytest.raises(SystemExit):
+        call("--metric", LOSS, "--metric", "best_validation_loss")
+    assert "--metric is given twice; ranks are by one metric, `sdtrain report` shows several" in capsys.readouterr().err
+
+
+def test_another_folder_than_the_projects_is_refused(swept, monkeypatch):
+    monkeypatch.chdir("metrics")
+    with pytest.raises(InputError, match=r"metrics isn't a DVC project; run the command from the project's root"):
+        call()
+
+
+def test_the_loss_of_training_images_ranks_nothing(make_run):
+    """The lowest has who learned them by heart."""
+    run = make_run(0)
+    run.numbers["train_loss_trained"] = 0.1
+    with pytest.raises(InputError, match=r"metric = 'train_loss_trained': must be one that tells which run is better"):
+        compare([run], "train_loss_trained")
 
 
 def test_the_command_takes_a_baseline_that_is_not_among_the_revisions(swept, capsys):

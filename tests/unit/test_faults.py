@@ -54,6 +54,14 @@ def test_of_a_condition_the_numbers_of_evaluate_win_over_those_of_the_last_valid
     assert told.startswith("the model hardly uses the hint")
 
 
+def test_where_the_numbers_of_evaluate_cannot_tell_of_captions_the_last_validation_is_asked():
+    """Its base hardly uses captions on these images, that of the validation's does."""
+    ignored = [*VALIDATION[:-1], VALIDATION[-1] | {"gap_text": 0.0}]
+    (told,) = faults(ignored, text_gap_base=-0.0001, text_gap_trained=0.0)
+    assert told.startswith("the model hardly uses the caption: with another image's caption its held-out loss changes")
+    assert faults(text_gap_base=-0.0001, text_gap_trained=0.0) == []
+
+
 def test_a_run_that_learned_nothing_is_told_unless_it_started_from_another():
     worse = [*VALIDATION[:1], *({**row, "loss_raw": 0.2, "loss_ema": 0.2, "gap_hint": 0.2} for row in VALIDATION[1:])]
     (told,) = faults(worse)

@@ -15,6 +15,7 @@ from PIL import Image
 from sdtrain import cli
 from sdtrain.ground.errors import InputError
 from sdtrain.tools.compare import compare
+from sdtrain.tools.compare.faults import faults_of
 from sdtrain.tools.compare.runs import read_experiments, read_run
 from sdtrain.tools.compare.text import as_json
 from sdtrain.tools.report import recorded as recorded_files
@@ -23,7 +24,7 @@ from sdtrain.tools.report.charts import Chart, Line, charts_of
 from sdtrain.tools.report.fit import Shown, fit
 from sdtrain.tools.report.matrix import Matrix, Row, sample_matrix
 from sdtrain.tools.report.metrics import metrics_table
-from sdtrain.tools.report.numbers import differences, differences_table, faults_of, health_of
+from sdtrain.tools.report.numbers import differences, differences_table, health_of
 from sdtrain.tools.report.others import Prompt, validation_images
 from sdtrain.tools.report.recorded import Folder, Recorded, read_recorded
 from sdtrain.tools.report.thumbnails import LEVELS, Gallery
@@ -174,6 +175,21 @@ def test_one_run_gets_no_verdict(made):
     assert "One run: there is nothing to compare it with" in text
     assert "What differs" not in text
     assert "can't tell" not in text
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("sub", "error: --output sub: is a folder; name a file in it"),
+        ("", "error: --output .: is a folder; name a file in it"),
+        ("params.yaml/report.html", "error: --output params.yaml/report.html: can't be written: "),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused(project, output, message):
+    Path("sub").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["report", "fast-0", "--output", output])
+    assert message in str(stopped.value)
 
 
 def test_the_command_writes_the_file(project, capsys):
@@ -431,8 +447,8 @@ def test_the_difference_of_images_is_of_their_pixels(tmp_path):
 
 def test_a_wrong_run_is_named_with_what_is_wrong(made, page):
     runs = recorded(made, "HEAD", "fast-0", "bad")
-    assert [len(faults_of(run)) for run in runs] == [0, 0, 2]
-    dropped, unlearned = faults_of(runs[2])
+    assert [len(faults_of(run.run)) for run in runs] == [0, 0, 2]
+    dropped, unlearned = faults_of(runs[2].run)
     assert dropped.startswith("train.caption_dropout = 1.0: training hardly saw a caption")
     assert unlearned.startswith("training never lowered the held-out loss, 0.10000 before it and 0.20000 at best")
     text = Elements(page).text

@@ -50,6 +50,8 @@ def test_values_are_read_as_in_the_params_file(text, values):
         ("train.lr=", "'train.lr=': a value is empty; write null"),
         ("train.lr=1,,2", "'train.lr=1,,2': a value is empty; write null"),
         ("train.seed=4..0", "'train.seed=4..0': the range 4..0 ends before it begins; write 0..4"),
+        ("train.seed=0..", "'train.seed=0..': 0.. isn't a range; write both ends as whole numbers, e.g. 0..4"),
+        ("train.lr=0.5..2", "0.5..2 isn't a range; write both ends"),
         (
             "method={name: lora}",
             "'method={name: lora}': {name: lora} is a mapping; give its keys one by one, e.g. method.na",

@@ -36,7 +36,28 @@ def add_revs(command: argparse.ArgumentParser) -> None:
 
 
 def add_metric(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--metric", default=DEFAULT_METRIC, help="a number of metrics/*.json (%(default)s)")
+    command.add_argument(
+        "--metric",
+        action=_Once,
+        default=DEFAULT_METRIC,
+        help="to rank by: a number of metrics/*.json of which less or more is better (%(default)s)",
+    )
+
+
+class _Once(argparse.Action):
+    """Refuses an option that is given again, of which the first would go unheard."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str,
+        option_string: str | None = None,
+    ) -> None:
+        if option_string in vars(namespace).setdefault("given", set()):
+            parser.error(f"{option_string} is given twice; ranks are by one metric, `sdtrain report` shows several")
+        namespace.given.add(option_string)
+        setattr(namespace, self.dest, values)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -57,7 +78,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def print_comparison(comparison: "Comparison") -> None:
-    """Print the table, the sentences and the notes."""
+    """Print the table, the sentences, the notes, and what is wrong with runs."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -73,7 +94,11 @@ def print_comparison(comparison: "Comparison") -> None:
         table.add_column(name, justify="left" if number in (0, len(HEADER) - 1) else "right")
     for row in rows(comparison):
         table.add_row(*map(Text, row))
-    console.print(Text(f"{comparison.metric}, {comparison.better} is better"))
+    reference = f"the recipe of {comparison.reference_of}"
+    if comparison.is_best:
+        reference = "the best" if comparison.reference is comparison.ranked[0] else "the best with several seeds"
+    console.print(Text(f"{comparison.metric}, {comparison.better} is better; the reference is {reference}"))
     console.print(table)
-    for line in [*sentences(comparison), *(f"Note: {note}" for note in comparison.notes)]:
+    faults = [f"WARNING: {name}: {fault}" for name, found in comparison.faults.items() for fault in found]
+    for line in [*sentences(comparison), *(f"Note: {note}" for note in comparison.notes), *faults]:
         console.print(Text(line))

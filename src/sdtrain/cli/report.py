@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sdtrain.cli.compare import DEFAULT_METRIC, add_revs
 from sdtrain.cli.options import positive
+from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import write_bytes
 
 
@@ -30,8 +31,13 @@ def _report(options: argparse.Namespace) -> None:
     from sdtrain.tools.report import report
 
     root = Path()
+    if options.output.is_dir():
+        raise InputError(f"--output {options.output}: is a folder; name a file in it")
     runs, notes = read_runs(root, options.revs)
     page = report(root, runs, notes, list(dict.fromkeys(options.metric or [DEFAULT_METRIC])), options.max_mb)
     content = page.encode(errors="replace")  # of a caption's text, what is no text
-    write_bytes(options.output, content)
+    try:
+        write_bytes(options.output, content)
+    except OSError as error:
+        raise InputError(f"--output {options.output}: can't be written: {error.strerror}") from None
     print(f"{options.output}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}, {len(content) / 1e6:.1f} MB")

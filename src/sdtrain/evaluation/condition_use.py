@@ -13,6 +13,11 @@ _LEAST_SHARE = 0.002
 """A base whose loss rises by no more than twice this with wrong captions can't be a yardstick for captions."""
 
 
+def is_judged(condition: str, base_share: float | None) -> bool:
+    """Whether `unused` can tell: not of captions that even the base hardly uses."""
+    return condition != _TEXT or (base_share is not None and base_share / 2 >= _LEAST_SHARE)
+
+
 def unused(condition: str, gap: float | None, loss: float, base_share: float | None) -> str | None:
     """Why a model seems to ignore a condition, in a sentence; None if it uses it.
 
@@ -26,7 +31,7 @@ def unused(condition: str, gap: float | None, loss: float, base_share: float | N
         base_share: the base's own gap, as a share of its loss; None if all images have the same.
     """
     name = "caption" if condition == _TEXT else condition
-    if condition == _TEXT and (base_share is None or base_share / 2 < _LEAST_SHARE):
+    if not is_judged(condition, base_share):
         return None
     if gap is None:
         return (

@@ -5,7 +5,7 @@ Nothing here needs a model or torch. A run whose loss stops being finite ends wi
 
 from collections.abc import Mapping, Sequence
 
-from sdtrain.evaluation.condition_use import unused, unused_at_last
+from sdtrain.evaluation.condition_use import is_judged, unused, unused_at_last
 from sdtrain.evaluation.learning import learning_fault
 from sdtrain.evaluation.neighbors import NEAR_SHARE
 
@@ -70,8 +70,8 @@ def run_faults(
 ) -> list[str]:
     """All that is wrong with a finished run, a sentence each; what its stages said of it in warnings.
 
-    Of a condition the numbers of `evaluate` are asked, which are of all held-out images; else those of the last
-    validation.
+    Of a condition the numbers of `evaluate` are asked, which are of all held-out images; where these can't tell, those
+    of the last validation.
 
     Args:
         numbers: of metrics/evaluate.json and metrics/image_sets.json, by name; what is missing isn't judged.
@@ -96,11 +96,13 @@ def run_faults(
 
 
 def _measured_use(numbers: Mapping[str, float]) -> dict[str, str | None]:
-    """By condition that `evaluate` has measured the use of, why the model seems to ignore it."""
+    """By condition whose use the numbers of `evaluate` tell, why the model seems to ignore it; None if it doesn't."""
     found = {}
     for condition in sorted(name.removesuffix("_gap_trained") for name in numbers if name.endswith("_gap_trained")):
         gaps = [f"{condition}_gap_{model}" for model in ("base", "trained")]
         if numbers.keys() >= {*gaps, _LOSS, _BASE_LOSS}:
             base_gap, gap = (numbers[name] for name in gaps)
-            found[condition] = unused(condition, gap, numbers[_LOSS], base_gap / numbers[_BASE_LOSS])
+            base_share = base_gap / numbers[_BASE_LOSS]
+            if is_judged(condition, base_share):
+                found[condition] = unused(condition, gap, numbers[_LOSS], base_share)
     return found

@@ -15,7 +15,8 @@ _BY_ENCODER = (
 """By pattern of the name, what an image encoder says."""
 
 _BETTER: dict[str, Direction] = {
-    "*_loss": "lower",
+    "best_validation_loss": "lower",
+    "held_out_loss": "lower",
     "held_out_loss_*": "lower",
     "*_error": "lower",
     "*_error_deg": "lower",

@@ -23,6 +23,7 @@ from sdtrain.ground.statistics import (
     t_interval,
     welch_difference,
 )
+from sdtrain.tools.compare.faults import faults_of
 from sdtrain.tools.compare.recipes import Recipe, group_runs
 from sdtrain.tools.compare.runs import Run
 
@@ -96,13 +97,20 @@ class Comparison:
     ranked: list[Ranked]
     """Best first."""
     reference: Ranked
-    is_best: bool
-    """Whether the reference was chosen because it ranks first; then p-values are adjusted for all pairs."""
+    reference_of: str | None
+    """A run of the reference, for which it was chosen; None where it was chosen because it ranks first."""
     num_comparisons: int
     """That p-values are adjusted for."""
     checkpoints: CheckpointDifference | None
     """If there are just two runs, of two recipes."""
     notes: list[str]
+    faults: dict[str, list[str]]
+    """What is wrong with runs, by their names."""
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the reference was chosen because it ranks first; then p-values are adjusted for all pairs."""
+        return self.reference_of is None
 
 
 @dataclass(frozen=True)
@@ -128,8 +136,8 @@ def compare(runs: list[Run], metric: str, baseline: str | None = None) -> Compar
     with the best alone, 8 % do.
 
     Raises:
-        InputError: no run has the metric, or it isn't one to rank by; `baseline` isn't among the runs that have it; or
-            no run can be compared.
+        InputError: no run has the metric, or it isn't one to rank by; `baseline` isn't among the runs that have it; no
+            run can be compared; or a run's table is broken.
     """
     better = _direction(metric, runs)
     notes = [f"left out: {run.name} has no {metric}" for run in runs if metric not in run.numbers]
@@ -156,10 +164,11 @@ def compare(runs: list[Run], metric: str, baseline: str | None = None) -> Compar
         better,
         ranked,
         ranked[reference],
-        is_best,
+        reference_of=None if is_best else baseline or "HEAD",
         num_comparisons=sum(verdict.difference is not None for verdict in pairs.values()),
         checkpoints=_checkpoints(measured),
         notes=notes,
+        faults={run.name: found for run in runs if (found := faults_of(run))},
     )
 
 

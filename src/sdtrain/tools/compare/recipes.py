@@ -10,7 +10,7 @@ from sdtrain.ground.files import sha256_json
 from sdtrain.tools.compare.runs import Run
 
 _METRICS_OUT = "metrics/evaluate.json"
-_SEED = "train.seed"
+SEED = "train.seed"
 CODE = ("src/", "stages/")
 """Folders of the inputs that are code; all others are data."""
 _ABSENT = object()
@@ -54,7 +54,7 @@ def group_runs(runs: list[Run]) -> tuple[list[Recipe], list[str]]:
         except InputError as fault:
             notes.append(f"left out: {fault}")
             continue
-        notes += _changed_since(run, origin.params | {_SEED: seed})
+        notes += _changed_since(run, origin.params | {SEED: seed})
         recipe = next((found for found in recipes if found.origin == origin), None)
         if recipe is None:
             recipe = Recipe("", origin, {})
@@ -107,7 +107,7 @@ def origin_of(run: Run) -> tuple[Origin, int | None]:
         params |= own
         inputs |= unseeded
         read[stage] = frozenset(own.keys() | unseeded.keys())
-    seed = params.pop(_SEED, params.get("seed"))
+    seed = params.pop(SEED, params.get("seed"))
     return Origin(params, inputs, {path: read[makers[path]] for path in inputs if path in makers}), seed
 
 

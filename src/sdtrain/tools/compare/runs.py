@@ -1,5 +1,7 @@
 """Reads runs: what the pipeline recorded in git, or on disk, of params, code, data and metrics."""
 
+import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +23,10 @@ _PARAMS, _LOCK, _METRICS = "params.yaml", "dvc.lock", "metrics"
 _NUMBERS, _VALUES = f"{_METRICS}/evaluate.json", f"{_METRICS}/values.parquet"
 
 
+Row = dict[str, float | None]
+"""Of a table, by column; None where the cell is empty."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One execution of the pipeline, as it was recorded."""
@@ -37,6 +43,27 @@ class Run:
     """Of all `metrics/*.json`, by name."""
     values: "pd.DataFrame | None"
     """The table of `ground.values`; None if the run has none."""
+    tables: dict[str, bytes]
+    """The files in `metrics/`, by path."""
+
+    def texts(self, name: str) -> list[dict[str, str]]:
+        """The rows of `metrics/<name>`, by column; none if it is missing."""
+        text = self.tables.get(f"{_METRICS}/{name}", b"").decode(errors="replace")
+        return list(csv.DictReader(io.StringIO(text)))
+
+    def table(self, name: str, columns: Sequence[str]) -> list[Row]:
+        """The same as numbers; none if it is older than one of these columns.
+
+        Raises:
+            InputError: a cell is no number.
+        """
+        rows = self.texts(name)
+        if not rows or not set(columns) <= rows[0].keys():
+            return []
+        try:
+            return [{key: float(text) if text else None for key, text in row.items()} for row in rows]
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{_METRICS}/{name} of {self.name}: {error}; run `dvc repro`") from None
 
 
 def read_run(root: Path, rev: str) -> Run:
@@ -68,8 +95,10 @@ def read_runs(root: Path, revs: Sequence[str]) -> tuple[list[Run], list[str]]:
     """The runs of these revisions, as `read_run`; without any, as `read_experiments`.
 
     Raises:
-        InputError: `read_run`'s; or there is no run at all, and why.
+        InputError: `read_run`'s; there is no run at all, and why; or `root` isn't the project's.
     """
+    if not (root / ".dvc").is_dir():
+        raise InputError(f"{root.resolve()} isn't a DVC project; run the command from the project's root")
     if revs:
         return [read_run(root, rev) for rev in dict.fromkeys(revs)], []
     runs, faults = read_experiments(root)
@@ -83,14 +112,15 @@ def _read_commit(root: Path, name: str, commit: str, head: str) -> Run:
 
 
 def _files_on_disk(root: Path) -> dict[str, bytes]:
-    paths = [root / _PARAMS, root / _LOCK, root / _VALUES, *sorted((root / _METRICS).glob("*.json"))]
+    paths = [root / _PARAMS, root / _LOCK, *sorted((root / _METRICS).glob("*.*"))]
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 
 
 def _run(name: str, is_head: bool, files: dict[str, bytes]) -> Run:
     for path in (_PARAMS, _LOCK, _NUMBERS):
         if path not in files:
-            way = "run `dvc repro`" if name == WORKSPACE else "run `dvc repro`, then `git add` and commit what it wrote"
+            again = "run `dvc repro`, then `git add` and commit what it wrote, or leave it out"
+            way = "run `dvc repro`" if name == WORKSPACE else again
             raise InputError(f"{name} has no {path}; {way}")
     numbers: dict[str, float] = {}
     for path in sorted(path for path in files if path.startswith(f"{_METRICS}/") and path.endswith(".json")):
@@ -103,6 +133,7 @@ def _run(name: str, is_head: bool, files: dict[str, bytes]) -> Run:
         lock=_read_yaml(files[_LOCK], f"{_LOCK} of {name}"),
         numbers=numbers,
         values=read_values(files[_VALUES], f"{_VALUES} of {name}") if _VALUES in files else None,
+        tables={path: content for path, content in files.items() if path.startswith(f"{_METRICS}/")},
     )
 
 

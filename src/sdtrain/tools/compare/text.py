@@ -71,7 +71,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
       `p_adjusted`, null without a verdict.
     - `checkpoints`: of just two runs `difference` (the first-ranked minus the other), `ci_low`, `ci_high`,
       `num_images`; else null.
-    - `sentences` and `notes`.
+    - `sentences`, `notes`; and `faults`, what is wrong with runs, sentences by the run's name.
     """
     tree = {
         "metric": comparison.metric,
@@ -83,6 +83,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "checkpoints": None,
         "sentences": sentences(comparison),
         "notes": comparison.notes,
+        "faults": comparison.faults,
     }
     if found := comparison.checkpoints:
         bounds = {"ci_low": found.ci_low, "ci_high": found.ci_high}
@@ -129,7 +130,7 @@ def _remarks(comparison: Comparison, others: list[Ranked]) -> list[str]:
             f"{_interval(pair.ci_low, pair.ci_high, '+')}. Other seeds of the same recipes differ as well."
         )
     if any(ranked.verdict.difference and not ranked.verdict.over_images for ranked in others):
-        found.append("Without single values of the metric, verdicts are about other seeds, but on these images only.")
+        found.append("This metric has no values by image: verdicts are about other seeds, on these same images.")
     if comparison.num_comparisons > 1:
         which = "of all pairs of recipes" if comparison.is_best else "with the reference"
         found.append(f"p is adjusted for {comparison.num_comparisons} comparisons, {which}; intervals aren't.")

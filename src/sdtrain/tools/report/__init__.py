@@ -7,6 +7,7 @@ from typing import Any
 
 import sdtrain
 from sdtrain.tools.compare import Comparison, compare
+from sdtrain.tools.compare.faults import faults_of, settings_of
 from sdtrain.tools.compare.runs import Run
 from sdtrain.tools.compare.text import HEADER, as_json, finite, rows
 from sdtrain.tools.report.charts import Chart, charts_of
@@ -17,9 +18,7 @@ from sdtrain.tools.report.numbers import (
     Difference,
     differences,
     differences_table,
-    faults_of,
     health_of,
-    settings_of,
 )
 from sdtrain.tools.report.others import evaluation_images, validation_images
 from sdtrain.tools.report.page import render
@@ -63,7 +62,7 @@ def report(root: Path, runs: Sequence[Run], notes: Sequence[str], metrics: Seque
     found = [evaluation_images(run, gallery) for run in recorded]
     shown = Shown(matrix, prompts, found)
     differing, charts = differences(recorded), charts_of(recorded, _groups(comparisons[0], recorded))
-    faults = {run.name: lines for run in recorded if (lines := faults_of(run))}
+    faults = {run.name: lines for run in runs if (lines := faults_of(run))}
     health = [health_of(run) for run in recorded]
     view = {
         "title": _title(recorded),
@@ -172,7 +171,7 @@ def _data(
                 "commit": run.commit,
                 "time": run.time,
                 "faults": faults.get(run.name, []),
-                "params": settings_of(run)[0],
+                "params": settings_of(run.run)[0],
                 "metrics": run.run.numbers,
                 "health": facts,
             }

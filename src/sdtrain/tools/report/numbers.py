@@ -1,4 +1,4 @@
-"""What is wrong with a run, what differs between runs, and how their training went."""
+"""What differs between runs, and how their training went."""
 
 import json
 from collections.abc import Sequence
@@ -6,40 +6,14 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from sdtrain.evaluation.faults import run_faults
 from sdtrain.ground.errors import InputError
-from sdtrain.tools.compare.recipes import CODE, Origin, leaves, origin_of, varying
-from sdtrain.tools.report.metrics import evaluated, number_text
+from sdtrain.tools.compare.faults import settings_of
+from sdtrain.tools.compare.recipes import CODE, SEED, varying
+from sdtrain.tools.report.metrics import number_text
 from sdtrain.tools.report.recorded import CHECKPOINTS, Recorded
 
-_SEED = "train.seed"
 _ABSENT = "–"
 _MAX_VALUE_CHARS = 80
-
-
-def settings_of(run: Recorded) -> tuple[dict[str, Any], Origin | None]:
-    """All params that a run was made with, by dotted key; and what its metrics follow from, if its dvc.lock tells."""
-    written = dict(leaves(run.run.params))
-    try:
-        origin, seed = origin_of(run.run)
-    except InputError:
-        return written, None
-    return written | origin.params | {_SEED: seed}, origin
-
-
-def faults_of(run: Recorded) -> list[str]:
-    """What is wrong with a run, a sentence each."""
-    settings, _ = settings_of(run)
-    validation = run.table("validation.csv", ["step", "loss_raw"])
-    train = run.table("train.csv", ["step", "lr"])
-    dropout = settings.get("train.caption_dropout")
-    return run_faults(
-        evaluated(run),
-        validation,
-        train,
-        dropout if isinstance(dropout, int | float) else 0.0,
-        settings.get("train.resume") == "branch",
-    )
 
 
 @dataclass(frozen=True)
@@ -58,9 +32,9 @@ class Difference:
 
 def differences(runs: Sequence[Recorded]) -> list[Difference]:
     """What differs between runs, without what was made from something that does; of one run nothing."""
-    found = [settings_of(run) for run in runs]
+    found = [settings_of(run.run) for run in runs]
     origins = [origin for _, origin in found if origin]
-    used = {_SEED, *(key for origin in origins for key in origin.params)}
+    used = {SEED, *(key for origin in origins for key in origin.params)}
     keys = dict.fromkeys(key for settings, _ in found for key in settings)
     params = [
         Difference(key, "param", key in used, [_value(settings, key) for settings, _ in found])

@@ -1,7 +1,5 @@
 """What a run left: its tables and numbers, which git has, and its outs, from DVC's cache or from the disk."""
 
-import csv
-import io
 import json
 import math
 import subprocess
@@ -13,14 +11,11 @@ from typing import Any
 
 from sdtrain.ground import git
 from sdtrain.ground.errors import InputError
-from sdtrain.tools.compare.runs import WORKSPACE, Run
+from sdtrain.tools.compare.runs import WORKSPACE, Row, Run
 
 SAMPLES, VALIDATION, EVALUATION, CHECKPOINTS = "data/samples", "plots/validation", "data/evaluation", "data/checkpoints"
 """The outs that a report reads."""
 _METRICS = "metrics"
-
-Row = dict[str, float | None]
-"""Of a table, by column; None where the cell is empty."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +55,6 @@ class Recorded:
     """Of the commit, ISO 8601."""
     is_experiment: bool
     """Whether DVC made the commit."""
-    tables: dict[str, bytes]
-    """The files in `metrics/`, by path."""
     outs: dict[str, Folder]
     """By path."""
 
@@ -70,27 +63,16 @@ class Recorded:
         return self.run.name
 
     def texts(self, name: str) -> list[dict[str, str]]:
-        """The rows of `metrics/<name>`, by column; none if it is missing."""
-        text = self.tables.get(f"{_METRICS}/{name}", b"").decode(errors="replace")
-        return list(csv.DictReader(io.StringIO(text)))
+        """As of the run."""
+        return self.run.texts(name)
 
     def table(self, name: str, columns: Sequence[str]) -> list[Row]:
-        """The same as numbers; none if it is older than one of these columns.
-
-        Raises:
-            InputError: a cell is no number.
-        """
-        rows = self.texts(name)
-        if not rows or not set(columns) <= rows[0].keys():
-            return []
-        try:
-            return [{key: float(text) if text else None for key, text in row.items()} for row in rows]
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{_METRICS}/{name} of {self.name}: {error}; run `dvc repro`") from None
+        """As of the run."""
+        return self.run.table(name, columns)
 
     def numbers(self, name: str) -> dict[str, float]:
         """The numbers of `metrics/<name>`, whose other values are left out; none if it is missing."""
-        tree = json.loads(self.tables.get(f"{_METRICS}/{name}", b"{}"))
+        tree = json.loads(self.run.tables.get(f"{_METRICS}/{name}", b"{}"))
         return {key: value for key, value in tree.items() if type(value) in (int, float) and math.isfinite(value)}
 
 
@@ -104,15 +86,11 @@ def read_recorded(root: Path, run: Run) -> Recorded:
     """
     paths = (SAMPLES, VALIDATION, EVALUATION, CHECKPOINTS)
     if run.name == WORKSPACE:
-        tables = {
-            path.relative_to(root).as_posix(): path.read_bytes() for path in sorted((root / _METRICS).glob("*.*"))
-        }
-        return Recorded(run, None, None, False, tables, {path: _on_disk(root, path) for path in paths})
+        return Recorded(run, None, None, False, {path: _on_disk(root, path) for path in paths})
     commit = git.resolve(root, run.name)
     outs = {path: _in_cache(_cache_folder(root.resolve()), run, commit, path) for path in paths}
     is_experiment = any(found.commit == commit for found in git.experiments(root))
-    tables = git.read_files(root, commit, [_METRICS])
-    return Recorded(run, commit, git.commit_time(root, commit), is_experiment, tables, outs)
+    return Recorded(run, commit, git.commit_time(root, commit), is_experiment, outs)
 
 
 @cache

@@ -16,6 +16,7 @@ from sdtrain.params.schema import Params
 Value = None | bool | int | float | str | list
 
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+_HALF_RANGE = re.compile(r"(?=.*\d)-?[\d.]*\.\.-?[\d.]*")
 _NAME = re.compile(r"[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*(?<!\.lock)")
 """What git allows in a ref everywhere, and no shell needs quoted."""
 _MAX_SHOWN = 32
@@ -68,7 +69,8 @@ def parse_assignment(text: str) -> tuple[str, list[Value]]:
     """Key and values of `key=value,value…`; commas within brackets or quotes separate nothing.
 
     Raises:
-        InputError: it has no key or an empty value, a range ends before it begins, or a value is a mapping.
+        InputError: it has no key or an empty value, a range ends before it begins or lacks an end, or a value is a
+            mapping.
     """
     key, equals, rest = text.partition("=")
     if not re.fullmatch(r"\w+(\.\w+)*", key) or not equals:
@@ -83,6 +85,8 @@ def parse_assignment(text: str) -> tuple[str, list[Value]]:
                 raise InputError(f"{text!r}: the range {part} ends before it begins; write {last}..{first}")
             values += range(first, last + 1)
             continue
+        if _HALF_RANGE.fullmatch(part):
+            raise InputError(f"{text!r}: {part} isn't a range; write both ends as whole numbers, e.g. 0..4")
         value = parse_yaml(part, name=f"{key}={part}")
         if isinstance(value, dict):
             raise InputError(
