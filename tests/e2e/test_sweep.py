@@ -64,7 +64,7 @@ stages:
       - metrics/evaluate.json:
           cache: false
 """
-RANKING = "held_out_loss_trained, lower is better\n"
+RANKING = "held_out_loss_trained, lower is better; the reference is "
 """How a sweep that came to its end goes on."""
 SDTRAIN = [sys.executable, "-c", "from sdtrain.cli import main; main()"]
 
