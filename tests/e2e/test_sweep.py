@@ -242,6 +242,9 @@ def test_texts_reach_the_experiment_and_a_finished_one_can_be_applied(toy):
     toy.run("dvc", "exp", "branch", name, "kept")
     toy.run("dvc", "exp", "apply", name)
     assert json.loads((toy.folder / "metrics" / "evaluate.json").read_text()) == metrics
+    toy.run("git", "init", "--quiet", "--bare", str(toy.outside / "shared"))
+    toy.run("dvc", "exp", "push", str(toy.outside / "shared"), name)
+    assert f"/{name}\n" in toy.run("git", "ls-remote", str(toy.outside / "shared"), "refs/exps/*")
     toy.run("git", "branch", "-D", "kept")
     toy.run("git", "reset", "--hard", "--quiet")
     toy.run("git", "clean", "-fdq")
@@ -263,6 +266,16 @@ def test_tasks_that_train_the_same_follow_each_other(toy):
     assert "\n2 done\n" in toy.sweep("train.seed=60", "sample.negative_prompt=a,b", "--name", "same", "--jobs", "2")
     first, second = sorted((min(times), max(times)) for times in toy.ticks(60).values())
     assert first[1] < second[0]
+
+
+def test_the_workers_of_dvcs_queue_take_gpus_as_well(toy):
+    """Two of them at once have one each."""
+    toy.tell(stage_s="10")
+    toy.run("dvc", "exp", "run", "--queue", "-S", "train.seed=70,71")
+    toy.run("dvc", "queue", "start", "--jobs", "2")
+    wait_until(lambda: {metrics["seed"] for metrics in toy.results().values()} >= {70, 71})
+    gpus = [gpu for seed in (70, 71) for gpu, _ in toy.ticks(seed)]
+    assert sorted(gpus) == ["GPU-aa11", "GPU-ab22"]
 
 
 def test_a_stage_whose_dvc_is_dead_is_stopped_before_its_task_runs_again(toy):

@@ -103,8 +103,10 @@ def compared_with_training_images(workspace, images: DrawnImages, out, **changes
     out.mkdir(parents=True)
     train = shards_of(workspace, "train")
     judge = load_judge(workspace.features, load_parts(workspace.base).text_encoder)
-    compared = compare_images(params, 0, judge, images, train, workspace.dataset, Values())
+    values = Values()
+    compared = compare_images(params, 0, judge, images, train, workspace.dataset, values)
     write_neighbors(out, compared, images, train, workspace.dataset)
+    values.write(out / "values.parquet")
     return compared.numbers, read_json(out / "neighbors.json")
 
 
@@ -128,6 +130,11 @@ def test_a_model_that_copies_is_told_and_its_copies_are_shown(workspace, tmp_pat
     assert numbers["near_copy_share_builtin_clip_trained"] == 1
     assert numbers["near_copy_share_builtin_clip_base"] < 0.2
     assert "WARNING: the model copies: 100 % of what it draws" in capsys.readouterr().err
+    table = read_values((tmp_path / "out" / "values.parquet").read_bytes(), "values.parquet")
+    ratios = table[table.metric == "near_copy_ratio_builtin_clip"].set_index("model").value
+    assert [len(ratios[name]) for name in ("real", "base", "trained")] == [50, 50, 50]
+    assert ratios["trained"].max() == 0
+    assert (ratios["base"] < np.quantile(ratios["real"], 0.05)).mean() == numbers["near_copy_share_builtin_clip_base"]
     assert len(found["pairs"]) == 8
     assert {pair["item"] for pair in found["pairs"]} <= {item for item, _ in train}
     for pair in found["pairs"]:

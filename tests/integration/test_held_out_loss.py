@@ -31,17 +31,18 @@ def asked(trainer, shards, batch_size=12, **questions):
     return held_out.losses(trainer.method, trainer.scheduler, **questions)
 
 
-def test_each_caption_is_encoded_once(trainer, shards):
+@pytest.mark.parametrize(("batch_size", "num_captions"), [(12, [3]), (9, [2, 1]), (5, [1, 1, 1])])
+def test_each_caption_is_encoded_once(trainer, shards, batch_size, num_captions):
     encoded = []
     hook = trainer.parts.text_encoder.register_forward_pre_hook(
         lambda module, arguments, keywords: encoded.append(arguments[0]), with_kwargs=True
     )
     try:
-        losses = asked(trainer, shards)
+        losses = asked(trainer, shards, batch_size)
     finally:
         hook.remove()
     assert losses.shape == (3, 4)
-    assert [len(ids) for ids in encoded] == [3]
+    assert [len(ids) for ids in encoded] == num_captions
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])

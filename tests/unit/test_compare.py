@@ -446,12 +446,33 @@ def test_what_an_encoder_says_compares_only_with_the_same_images_and_encoder(mak
     runs = recipes_of(make_run, {1e-3: 1.0, 2e-3: 0.9})
     sets = [image_sets[0]] * (len(runs) // 2) + [image_sets[1]] * (len(runs) // 2)
     runs = [
-        replace(run, numbers={metric: run.numbers[LOSS]} | ({} if found is None else {"image_set": found}))
+        replace(
+            run,
+            numbers={metric: run.numbers[LOSS], "num_drawn_images": 200}
+            | ({} if found is None else {"image_set": found}),
+        )
         for run, found in zip(runs, sets, strict=True)
     ]
     [verdict] = [found.verdict for found in compare(runs, metric, baseline=runs[0].name).ranked if found.verdict]
     assert verdict.reason == reason
     assert (verdict.difference is None) == (reason is not None)
+
+
+@pytest.mark.parametrize(("metric", "num_drawn", "reason", "num_images"), [
+    ("mind_clip_trained", 199, "few images", 99), ("mind_clip_trained", 200, None, 100),
+    ("clip_score_clip_trained", 199, None, 199),
+])  # fmt: skip
+def test_sets_of_few_images_get_no_verdict(make_run, metric, num_drawn, reason, num_images):
+    """A mean over images has its interval whatever their number."""
+    numbers = {"num_drawn_images": num_drawn, "num_set_images": num_drawn // 2, "image_set": 7}
+    runs = [
+        replace(run, numbers={metric: run.numbers[LOSS], **numbers})
+        for run in recipes_of(make_run, {1e-3: 1.0, 2e-3: 0.9})
+    ]
+    found = compare(runs, metric, baseline=runs[0].name)
+    [verdict] = [ranked.verdict for ranked in found.ranked if ranked.verdict]
+    assert (verdict.reason, found.num_images) == (reason, num_images)
+    assert ("were measured on too few images" in " ".join(sentences(found))) == (reason is not None)
 
 
 def test_a_run_that_diverged_comes_last_without_a_verdict(make_run):
@@ -512,13 +533,22 @@ def call(*arguments: str) -> None:
 
 def test_the_command_ranks_heads_experiments(swept, capsys):
     lines = printed(capsys).splitlines()
-    assert lines[0] == f"{LOSS}, lower is better; the reference is the recipe of HEAD"
+    assert lines[0] == f"{LOSS}, lower is better, N = 40 images; the reference is the recipe of HEAD"
     table = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines[1:5]]
     assert table[1][:3] == ["train.lr 0.002", "3", "0.9"]
     assert [row[-1] for row in table[1:]] == ["better", "better", "(reference)"]
     assert lines[5].startswith("train.lr 0.002 is better than train.lr 0.001 (difference -0.1, 95 % ")
     assert lines[5].endswith("; 3 and 3 seeds).")
     assert lines[-1] == "p is adjusted for 2 comparisons, with the reference; intervals aren't."
+
+
+def test_heads_replicates_are_the_yardstick_of_single_runs(swept, capsys):
+    """HEAD is seed 0 of its recipe, and two experiments are further seeds of it."""
+    out = printed(capsys, "lr-0.002-seed-0", "lr-0.004-seed-0")
+    sd = compare(read_experiments(swept)[0], LOSS).reference.sd
+    assert f"no verdict on the recipes; as a yardstick, the 3 seeds of HEAD's recipe have an sd of {sd:.2g}." in out
+    assert len(json.loads(printed(capsys, "lr-0.002-seed-0", "lr-0.004-seed-0", "--json"))["yardstick"]) == 3
+    assert json.loads(printed(capsys, "--json"))["yardstick"] is None
 
 
 def test_the_command_names_those_that_cannot_be_told_from_the_best(swept, capsys):

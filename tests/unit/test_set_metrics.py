@@ -132,6 +132,13 @@ def test_mmds_of_one_distribution_are_zero_on_average(metric):
     assert abs(mean) < 4 * error
 
 
+def test_mmds_of_a_set_and_its_copy_by_hand():
+    """Pairs of an image and its copy count between the sets, but not within one, so it is below 0."""
+    x = np.array([[0.0], [1.0]])
+    assert mmd_polynomial(x, x) == pytest.approx(2 * (1 - (1 + 8 + 2) / 4))
+    assert mmd_rbf(x, x, sigma=2.0) == pytest.approx(np.exp(-1 / 8) - 1)
+
+
 # ---------------------------------------------------------------- Fréchet distance
 
 
@@ -172,6 +179,11 @@ def test_frechet_distance_needs_five_images_per_feature():
 def test_mind_by_hand():
     """In one dimension all directions agree: 3 · the mean squared difference of sorted values."""
     assert mind(np.array([[1.0], [0.0]]), np.array([[1.0], [3.0]]), 5, 0) == pytest.approx(3 * (1 + 4) / 2)
+
+
+def test_mind_of_a_set_and_its_copy_is_zero():
+    x = gaussian(np.random.default_rng(0), 30)
+    assert mind(x, x[::-1], 5, 0) == 0
 
 
 def test_mind_of_shifted_gaussians_is_three_times_the_squared_shift():

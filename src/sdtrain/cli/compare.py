@@ -61,7 +61,7 @@ class _Once(argparse.Action):
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from sdtrain.tools.compare import compare
+    from sdtrain.tools.compare import compare, with_yardstick
     from sdtrain.tools.compare.runs import read_run, read_runs
     from sdtrain.tools.compare.text import as_json
 
@@ -69,7 +69,7 @@ def _compare(options: argparse.Namespace) -> None:
     runs, notes = read_runs(root, options.revs)
     if options.baseline is not None and options.baseline not in {run.name for run in runs}:
         runs.append(read_run(root, options.baseline))
-    comparison = compare(runs, options.metric, options.baseline)
+    comparison = with_yardstick(compare(runs, options.metric, options.baseline), root)
     comparison = replace(comparison, notes=notes + comparison.notes)
     if options.json:
         print(json.dumps(as_json(comparison), indent=2, ensure_ascii=False, allow_nan=False))
@@ -97,7 +97,8 @@ def print_comparison(comparison: "Comparison") -> None:
     reference = f"the recipe of {comparison.reference_of}"
     if comparison.is_best:
         reference = "the best" if comparison.reference is comparison.ranked[0] else "the best with several seeds"
-    console.print(Text(f"{comparison.metric}, {comparison.better} is better; the reference is {reference}"))
+    num = "" if comparison.num_images is None else f", N = {comparison.num_images} images"
+    console.print(Text(f"{comparison.metric}, {comparison.better} is better{num}; the reference is {reference}"))
     console.print(table)
     faults = [f"WARNING: {name}: {fault}" for name, found in comparison.faults.items() for fault in found]
     for line in [*sentences(comparison), *(f"Note: {note}" for note in comparison.notes), *faults]:

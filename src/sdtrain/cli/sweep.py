@@ -44,10 +44,11 @@ def _sweep(options: argparse.Namespace) -> None:
 
 def _rank(experiments: list[str], metric: str) -> None:
     """Print what `sdtrain compare` says of them; the experiments are made, even if it can't rank them."""
-    from sdtrain.tools.compare import compare
+    from sdtrain.tools.compare import compare, with_yardstick
     from sdtrain.tools.compare.runs import read_run
 
     try:
-        print_comparison(compare([read_run(Path(), name) for name in experiments], metric))
+        runs = [read_run(Path(), name) for name in experiments]
+        print_comparison(with_yardstick(compare(runs, metric), Path()))
     except InputError as fault:
         print(f"not ranked: {fault}")

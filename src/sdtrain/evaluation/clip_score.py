@@ -44,9 +44,7 @@ class CaptionFeatures:
 
     def is_same_text_encoder(self, other: CLIPTextModel) -> bool:
         """Whether another text encoder has the same token embeddings, but for rounding to 16 bits."""
-        own, its = (
-            encoder.get_input_embeddings().weight.float().cpu() for encoder in (self._model.text_model, other)
-        )
+        own, its = (encoder.get_input_embeddings().weight.float().cpu() for encoder in (self._model.text_model, other))
         return own.shape == its.shape and torch.allclose(own, its, rtol=1e-2, atol=1e-4)
 
     @torch.inference_mode()

@@ -86,7 +86,7 @@ class HeldOut:
         model.eval()
         pairs = [(sample, bin) for sample in range(self.num_samples) for bin in range(num_bins)]
         losses = torch.zeros(len(pairs), device=device)
-        for places in self._batches(len(pairs), part):
+        for places in self._batches(num_bins, part):
             batch = self._batch([pairs[place] for place in places], tuple(method.columns), swapped, null_ids, device)
             noisy_latents = add_noise(batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
             model_pred = method.predict(model, noisy_latents, batch.timesteps, batch).float()
@@ -113,7 +113,7 @@ class HeldOut:
         was_training, last = model.training, scheduler.config.num_train_timesteps - 1
         model.eval()
         found = torch.zeros(self.num_samples, device=device)
-        for samples in self._batches(self.num_samples, part):
+        for samples in self._batches(1, part):
             pairs = [(sample, 0) for sample in samples]
             batches = [self._batch(pairs, tuple(method.columns), None, ids, device) for ids in (None, null_ids)]
             shape = batches[0].latents.shape[1:]
@@ -129,11 +129,14 @@ class HeldOut:
         """Whether the images differ in a condition, so that it can be swapped."""
         return self._donors_of(condition) != self._rows
 
-    def _batches(self, num_rows: int, part: tuple[int, int]) -> list[list[int]]:
-        """Every n-th batch from the k-th on of this many rows: whole ones, so that a row's neighbours, by which it is
-        rounded, don't depend on n."""
-        starts = range(0, num_rows, self._batch_size)[part[0] :: part[1]]
-        return [list(range(start, min(start + self._batch_size, num_rows))) for start in starts]
+    def _batches(self, num_each: int, part: tuple[int, int]) -> list[list[int]]:
+        """Every n-th batch from the k-th on of the rows, `num_each` of each sample: whole batches, so that a row's
+        neighbours, by which it is rounded, don't depend on n. None has rows of a sample whose others are in another,
+        unless one sample fills a batch: so each caption is encoded once.
+        """
+        whole = max(1, self._batch_size // num_each) * num_each
+        groups = _sliced(list(range(self.num_samples * num_each)), whole)
+        return [batch for group in groups for batch in _sliced(group, self._batch_size)][part[0] :: part[1]]
 
     def _batch(
         self,
@@ -191,6 +194,10 @@ class HeldOut:
 def conditions_of(method: Method) -> tuple[str, ...]:
     """Everything whose use a model's held-out loss can show: the caption (`text`), and the method's own conditions."""
     return TEXT, *method.conditions
+
+
+def _sliced(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _column(condition: str) -> str:

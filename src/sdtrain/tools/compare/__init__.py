@@ -7,14 +7,24 @@ recipes do, only several seeds of each can tell.
 import difflib
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from sdtrain.evaluation.set_metrics import MIN_VERDICT_IMAGES
 from sdtrain.ground import randomness
 from sdtrain.ground.errors import InputError
-from sdtrain.ground.metric_names import IMAGE_SET, Direction, better_direction, is_by_encoder
+from sdtrain.ground.metric_names import (
+    IMAGE_SET,
+    Direction,
+    better_direction,
+    counted_by,
+    is_by_encoder,
+    is_of_sets,
+)
 from sdtrain.ground.statistics import (
     Difference,
     bootstrap_interval,
@@ -25,13 +35,13 @@ from sdtrain.ground.statistics import (
 )
 from sdtrain.tools.compare.faults import faults_of
 from sdtrain.tools.compare.recipes import Recipe, group_runs
-from sdtrain.tools.compare.runs import Run
+from sdtrain.tools.compare.runs import Run, read_experiments
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Word = Literal["better", "worse", "can't tell", "no verdict"]
-Reason = Literal["one seed", "other images", "not finite"]
+Reason = Literal["one seed", "other images", "few images", "not finite"]
 
 LEVEL = 0.05
 """A recipe is better or worse where the p-value, adjusted for the number of comparisons, is smaller."""
@@ -106,6 +116,10 @@ class Comparison:
     notes: list[str]
     faults: dict[str, list[str]]
     """What is wrong with runs, by their names."""
+    num_images: int | None
+    """Whose mean the metric is, or that make up the set that it is about; None if that is unknown or not the same."""
+    yardstick: np.ndarray | None = None
+    """The metric of HEAD's recipe by seed [seeds], where no recipe that is ranked has several; None without any."""
 
     @property
     def is_best(self) -> bool:
@@ -124,6 +138,10 @@ class Measured:
     asked: tuple | None
     """Item, text and timestep of each single value, and of what an image encoder says a number that stands for it and
     its images; None if that isn't the same in all runs."""
+    num_images: int | None = None
+    """N; None if it is unknown or not the same in all runs."""
+    is_of_few: bool = False
+    """Whether it is about sets of images too small for a verdict."""
 
 
 def compare(runs: list[Run], metric: str, baseline: str | None = None) -> Comparison:
@@ -169,7 +187,26 @@ def compare(runs: list[Run], metric: str, baseline: str | None = None) -> Compar
         checkpoints=_checkpoints(measured),
         notes=notes,
         faults={run.name: found for run in runs if (found := faults_of(run))},
+        num_images=_same(found.num_images for found in measured),
     )
+
+
+def with_yardstick(comparison: Comparison, root: Path) -> Comparison:
+    """The same, with what HEAD and its experiments tell of the seeds' spread, if what was compared tells nothing of it.
+
+    Args:
+        root: the project's.
+
+    Raises:
+        InputError: a run's table is broken.
+    """
+    if len(comparison.ranked) < 2 or any(len(ranked.values) > 1 for ranked in comparison.ranked):
+        return comparison
+    runs = [run for run in read_experiments(root)[0] if comparison.metric in run.numbers]
+    for recipe in group_runs(runs)[0]:
+        if len(recipe.runs) > 1 and any(run.is_head for run in (*recipe.runs.values(), *recipe.repeats)):
+            return replace(comparison, yardstick=_by_seed(recipe, comparison.metric))
+    return comparison
 
 
 def measure(recipe: Recipe, metric: str) -> Measured:
@@ -177,16 +214,23 @@ def measure(recipe: Recipe, metric: str) -> Measured:
     tables = [_single_values(run, metric) for run in recipe.runs.values()]
     judges = [run.numbers.get(IMAGE_SET, run.name) if is_by_encoder(metric) else None for run in recipe.runs.values()]
     asked = {(judge, *table.index) for judge, table in zip(judges, tables, strict=True)}
+    is_of_few = is_of_sets(metric) and any(
+        run.numbers.get("num_drawn_images", 0) < MIN_VERDICT_IMAGES for run in recipe.runs.values()
+    )
     if len(asked) > 1:
-        return Measured(_by_seed(recipe, metric), np.empty((len(tables), 0)), None)
+        return Measured(_by_seed(recipe, metric), np.empty((len(tables), 0)), None, is_of_few=is_of_few)
     by_item = np.array([table.groupby(level=["item", "text"]).mean() for table in tables], dtype=np.float64)
-    return Measured(_by_seed(recipe, metric), by_item, asked.pop())
+    count = counted_by(metric.removesuffix("_trained"))
+    num_images = by_item.shape[1] or _same(run.numbers.get(count) for run in recipe.runs.values())
+    return Measured(_by_seed(recipe, metric), by_item, asked.pop(), num_images, is_of_few)
 
 
 def held_against(a: Measured, b: Measured) -> Verdict:
     """A minus B, of which the word and the adjusted p-value aren't known yet."""
     if a.asked is None or a.asked != b.asked:  # first, as more seeds wouldn't help
         return Verdict("no verdict", "other images")
+    if a.is_of_few or b.is_of_few:
+        return Verdict("no verdict", "few images")
     if min(len(a.by_seed), len(b.by_seed)) < 2:
         return Verdict("no verdict", "one seed")
     if not (np.isfinite(a.by_seed).all() and np.isfinite(b.by_seed).all()):
@@ -228,6 +272,13 @@ def _reference(recipes: list[Recipe], baseline: str | None) -> tuple[int, bool]:
     if of_head and (of_head[0] in replicated or not replicated):
         return of_head[0], False
     return (replicated or [0])[0], True
+
+
+def _same(found: Iterable[float | None]) -> int | None:
+    """What all are; None if they differ."""
+    kinds = set(found)
+    number = kinds.pop()
+    return None if kinds or number is None else int(number)
 
 
 def _by_seed(recipe: Recipe, metric: str) -> np.ndarray:

@@ -6,7 +6,11 @@ from typing import Any
 from sdtrain.tools.compare import Comparison, Ranked, Verdict
 
 HEADER = ("recipe", "seeds", "mean", "95 % over seeds", "sd", "difference", "95 %", "p", "verdict")
-_FAULTS = {"other images": "have no values of the same images", "not finite": "don't have finite values alone"}
+_FAULTS = {
+    "other images": "have no values of the same images",
+    "few images": "were measured on too few images, fewer than 200 (evaluate.num_prompts)",
+    "not finite": "don't have finite values alone",
+}
 """Of two recipes, by the reason that a verdict gives."""
 
 
@@ -63,6 +67,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
     - `metric`, `better`: its name, and `lower` or `higher`.
     - `reference`, `reference_is_best`: the recipe that others are held against, and whether it was chosen for its rank.
+    - `num_images`: whose mean the metric is, or that make up its set; null if that is unknown or not the same.
+    - `yardstick`: the metric of HEAD's recipe by seed, where no recipe that is ranked has several; else null.
     - `num_comparisons`: that p-values are adjusted for.
     - `recipes`, best first: `name`; `runs` (`name`, `seed`, `value`) and `repeats`, names of runs that don't count;
       `params` by dotted key and `inputs`, hashes by path; over seeds `mean`, and `ci_low`, `ci_high`, `sd`, null of one
@@ -78,6 +84,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "better": comparison.better,
         "reference": comparison.reference.recipe.name,
         "reference_is_best": comparison.is_best,
+        "num_images": comparison.num_images,
+        "yardstick": None if comparison.yardstick is None else comparison.yardstick.tolist(),
         "num_comparisons": comparison.num_comparisons,
         "recipes": [_recipe_tree(ranked) for ranked in comparison.ranked],
         "checkpoints": None,
@@ -118,6 +126,8 @@ def _one_seed(comparison: Comparison) -> str:
     yardstick = ""
     if most.sd is not None:
         yardstick = f"; as a yardstick, the {len(most.values)} seeds of {most.recipe.name} have an sd of {most.sd:.2g}"
+    elif (values := comparison.yardstick) is not None:
+        yardstick = f"; as a yardstick, the {len(values)} seeds of HEAD's recipe have an sd of {values.std(ddof=1):.2g}"
     return f"{'; '.join(single)} {have}{yardstick}. Run several values of train.seed."
 
 

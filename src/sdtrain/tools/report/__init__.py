@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import sdtrain
-from sdtrain.tools.compare import Comparison, compare
+from sdtrain.tools.compare import Comparison, compare, with_yardstick
 from sdtrain.tools.compare.faults import faults_of, settings_of
 from sdtrain.tools.compare.runs import Run
 from sdtrain.tools.compare.text import HEADER, as_json, finite, rows
@@ -54,7 +54,7 @@ def report(root: Path, runs: Sequence[Run], notes: Sequence[str], metrics: Seque
         InputError: a metric ranks nothing; no run's metrics belong to one state of the project; a run's table is
             broken; or the page has no room for its text.
     """
-    comparisons = [compare(list(runs), metric) for metric in metrics]
+    comparisons = [with_yardstick(compare(list(runs), metric), root) for metric in metrics]
     recorded = [read_recorded(root, run) for run in runs]
     gallery = Gallery()
     matrix, sample_notes = sample_matrix(recorded, gallery)
@@ -70,7 +70,7 @@ def report(root: Path, runs: Sequence[Run], notes: Sequence[str], metrics: Seque
         "runs": recorded,
         "faults": faults,
         "notes": [*notes, *(comparisons[0].notes if len(runs) == 1 else [])],
-        "comparisons": [_comparison(comparison, recorded) for comparison in comparisons if len(runs) > 1],
+        "comparisons": [_comparison(comparison) for comparison in comparisons if len(runs) > 1],
         "differences": differences_table(differing, [run.name for run in recorded]),
         "matrix": matrix,
         "image_notes": _grouped(sample_notes + validation_notes, len(runs)),
@@ -82,7 +82,7 @@ def report(root: Path, runs: Sequence[Run], notes: Sequence[str], metrics: Seque
         "neighbor_notes": _grouped([(images.run, images.no_neighbors) for images in found], len(runs)),
         "metrics": metrics_table(recorded),
         "health": _by_fact(health),
-        "commands": _commands(recorded, metrics),
+        "commands": _commands(recorded, metrics, max_mb),
         "sizes": gallery.sizes,
     }
     data = _data(recorded, comparisons, differing, charts, faults, health, shown)
@@ -98,15 +98,10 @@ def _title(runs: Sequence[Recorded]) -> str:
     return names if len(runs) == 1 else f"{len(runs)} runs: {names}"
 
 
-def _comparison(comparison: Comparison, runs: Sequence[Recorded]) -> dict[str, Any]:
-    nums = {run.numbers("evaluate.json").get("num_held_out") for run in runs}
-    is_of_held_out = comparison.metric.startswith("held_out_loss") and len(nums) == 1
-    return {
-        **as_json(comparison),
-        "head": HEADER,
-        "rows": rows(comparison),
-        "num": nums.pop() if is_of_held_out else None,
-    }
+def _comparison(comparison: Comparison) -> dict[str, Any]:
+    """With a table of which the verdict is the second column, so that a phone shows it without scrolling."""
+    head, *found = ((row[0], row[-1], *row[1:-1]) for row in [HEADER, *rows(comparison)])
+    return {**as_json(comparison), "head": head, "rows": found}
 
 
 def _groups(comparison: Comparison, runs: Sequence[Recorded]) -> list[str]:
@@ -139,7 +134,7 @@ def _by_fact(health: Sequence[dict[str, str]]) -> list[list[str]]:
     return [[fact, *(found.get(fact, "") for found in health)] for fact in facts]
 
 
-def _commands(runs: Sequence[Recorded], metrics: Sequence[str]) -> dict[str, Any]:
+def _commands(runs: Sequence[Recorded], metrics: Sequence[str], max_mb: int) -> dict[str, Any]:
     """What makes the report again, and by its name each run."""
     again = {}
     for run in runs:
@@ -147,7 +142,7 @@ def _commands(runs: Sequence[Recorded], metrics: Sequence[str]) -> dict[str, Any
         again[run.name] = "dvc repro" if run.commit is None else f"{apply} && dvc repro"
     # HEAD and branches move; experiments don't.
     revs = [run.name if run.is_experiment or run.commit is None else run.commit[:10] for run in runs]
-    options = [part for metric in metrics for part in ("--metric", metric)]
+    options = [part for metric in metrics for part in ("--metric", metric)] + ["--max-mb", str(max_mb)]
     return {"report": shlex.join(["sdtrain", "report", *revs, *options]), "runs": again}
 
 

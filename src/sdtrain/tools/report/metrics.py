@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sdtrain.ground.metric_names import IMAGE_SET, better_direction
+from sdtrain.ground.metric_names import IMAGE_SET, better_direction, counted_by
 from sdtrain.tools.report.recorded import Recorded
 
 _MODELS = ("base", "trained", "gain", "floor", "real", "copy", "vae")
@@ -104,19 +104,10 @@ def _cell(stem: str, numbers: dict[str, float], bounds: dict[str, Bounds]) -> Ce
     if (verdict := f"{stem}{_DIFFERS}") in numbers:
         others.append(("told from real images:", "yes" if numbers[verdict] else "no"))
     num = bounds[own][2] if own in bounds else None
-    if num is None and (counted := _counted(stem, numbers)):
+    if num is None and (counted := counted_by(stem)):
         num = numbers.get(counted)
     value = number_text(numbers[own]) if own in numbers else ""
     return Cell(value, _interval(bounds.get(own)), "" if num is None or not value else f"{num:.0f}", others)
-
-
-def _counted(stem: str, numbers: dict[str, float]) -> str | None:
-    """The number that is a metric's N."""
-    if stem.startswith("held_out_loss") or stem.endswith("_gap"):
-        return "num_held_out"
-    if stem.startswith(("clip_score", "near_copy_share")):
-        return "num_drawn_images"
-    return "num_set_images" if f"{stem}_floor" in numbers else None
 
 
 def _interval(bounds: Bounds | None) -> str:

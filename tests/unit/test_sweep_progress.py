@@ -1,0 +1,39 @@
+"""What a sweep shows on a terminal while it works."""
+
+import io
+import re
+import sys
+
+import pytest
+
+from sdtrain.params.schema import Params
+from sdtrain.tools.sweep.grid import Task
+from sdtrain.tools.sweep.job import Job
+from sdtrain.tools.sweep.progress import showing
+
+
+class Terminal(io.StringIO):
+    """Where prints go."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def jobs() -> list[Job]:
+    return [Job(Task(f"seed-{seed}", (f"train.seed={seed}",), Params.model_construct()), "", "") for seed in range(3)]
+
+
+def test_a_terminal_has_a_table_of_the_tasks(jobs, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    with showing(jobs) as progress:
+        jobs[0].state, jobs[0].stage, jobs[0].note = "running", "train", "[markup] is no markup: 3/10"
+        jobs[1].state, jobs[1].note = "failed", "out of memory"
+        progress.show()
+    lines = [re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", line).split() for line in sys.stdout.getvalue().splitlines()]
+    assert ["task", "state", "time", "stage", "last", "line", "of", "its", "log"] in lines
+    *_, running = [line for line in lines if line[:2] == ["seed-0", "running"]]
+    assert running[-6:] == ["train", "[markup]", "is", "no", "markup:", "3/10"]
+    assert ["seed-1", "failed", "out", "of", "memory"] in lines
+    assert ["1", "waiting,", "1", "running,", "1", "failed"] in lines
