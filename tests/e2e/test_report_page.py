@@ -158,6 +158,7 @@ def test_two_images_are_compared_by_wipe_and_blink(page, tmp_path):
         answers.one = viewer.hidden;
         picks[1].click();
         answers.two = viewer.hidden;
+        answers.focused = document.activeElement.id;
         answers.pressed = all(".pick[aria-pressed=true]").map((button) => button.dataset.pick);
         answers.images = all("#viewer use").map((use) => use.getAttribute("href"));
         answers.chosen = picks.slice(0, 2).map((button) => button.querySelector("use").getAttribute("href"));
@@ -177,6 +178,7 @@ def test_two_images_are_compared_by_wipe_and_blink(page, tmp_path):
     assert opened.console == []
     found = opened.answers
     assert (found["closed"], found["one"], found["two"]) == (True, True, False)
+    assert found["focused"] == "wipe", "the keyboard reaches its controls at once"
     assert found["pressed"] == ["A", "B"]
     assert found["images"] == found["chosen"]
     assert len(set(found["images"])) == 2

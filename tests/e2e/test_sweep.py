@@ -214,11 +214,15 @@ def test_whatever_is_killed_each_result_is_there_once_and_no_gpu_is_shared(toy):
     assert set(toy.results()) == {f"seed-{seed}" for seed in (0, 1, 2)}
     assert "seed-3 failed: dvc ended with exit code 255; .dvc/tmp/sweep/seed-3.log ends with" in printed
     assert "seed 3 fails on purpose" in printed
+    why = "left out: seed-3: its task failed: seed 3 fails on purpose (.dvc/tmp/sweep/seed-3.log)\n"
+    assert f"Note: {why}" in toy.run(*SDTRAIN, "compare", "seed-0", "seed-3")
+    assert toy.run(*SDTRAIN, "compare", "seed-3", code=1).endswith(why)
 
     toy.tell(stage_s="0.1", failing="")
     toy.sweep(*arguments)
     shared = {"lr": 2e-3, "length": 0}
     expected = {seed: {"seed": seed, **shared, "held_out_loss_trained": 0.1 + seed / 1000} for seed in range(4)}
+    assert "left out" not in toy.run(*SDTRAIN, "compare", "seed-0", "seed-3")
     assert toy.results() == {f"seed-{seed}": metrics for seed, metrics in expected.items()}
     num_ticks = sum(map(len, toy.ticks().values()))
     assert f"\n4 skipped\n{RANKING}" in toy.sweep(*arguments)

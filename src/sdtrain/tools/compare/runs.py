@@ -12,6 +12,7 @@ from sdtrain.ground import git
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.values import read_values
 from sdtrain.params.load import parse_yaml
+from sdtrain.tools.sweep.failures import failures_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,11 +79,14 @@ def read_run(root: Path, rev: str) -> Run:
 
 
 def read_experiments(root: Path) -> tuple[list[Run], list[str]]:
-    """HEAD and all experiments that started from it; those that can't be read are named in the second list."""
+    """HEAD and all experiments that started from it.
+
+    Those that can't be read, and tasks of sweeps that failed, are named in the second list.
+    """
     head = git.head_commit(root)
     named = [("HEAD", head)]
     named += [(found.name, found.commit) for found in git.experiments(root) if found.baseline == head]
-    runs, faults = [], []
+    runs, faults = [], [_left_out(name, why) for name, why in _failed_tasks(root).items()]
     for name, commit in named:
         try:
             runs.append(_read_commit(root, name, commit, head))
@@ -91,8 +95,21 @@ def read_experiments(root: Path) -> tuple[list[Run], list[str]]:
     return runs, faults
 
 
+def _failed_tasks(root: Path) -> dict[str, str]:
+    """Tasks of sweeps of HEAD that failed and have no experiment, by name why."""
+    head = git.head_commit(root)
+    made = {found.name for found in git.experiments(root) if found.baseline == head}
+    return {name: why for name, why in failures_of(root, head).items() if name not in made}
+
+
+def _left_out(name: str, why: str) -> str:
+    return f"left out: {name}: {why}"
+
+
 def read_runs(root: Path, revs: Sequence[str]) -> tuple[list[Run], list[str]]:
     """The runs of these revisions, as `read_run`; without any, as `read_experiments`.
+
+    A sweep's task that failed is left out, and named in the second list.
 
     Raises:
         InputError: `read_run`'s; there is no run at all, and why; or `root` isn't the project's.
@@ -100,8 +117,11 @@ def read_runs(root: Path, revs: Sequence[str]) -> tuple[list[Run], list[str]]:
     if not (root / ".dvc").is_dir():
         raise InputError(f"{root.resolve()} isn't a DVC project; run the command from the project's root")
     if revs:
-        return [read_run(root, rev) for rev in dict.fromkeys(revs)], []
-    runs, faults = read_experiments(root)
+        failed = _failed_tasks(root)
+        runs = [read_run(root, rev) for rev in dict.fromkeys(revs) if rev not in failed]
+        faults = [_left_out(rev, failed[rev]) for rev in dict.fromkeys(revs) if rev in failed]
+    else:
+        runs, faults = read_experiments(root)
     if not runs:
         raise InputError("\n".join(["there is no run to compare; run `dvc exp run`", *faults]))
     return runs, faults

@@ -99,6 +99,7 @@
       const caption = button.closest("figure").querySelector("figcaption").textContent;
       byId(["name-a", "name-b"][place]).textContent = `${"AB"[place]}: ${caption}`;
     });
+    (wipe.disabled ? blink : wipe).focus({ preventScroll: true }); // closing goes back to the image
   };
   for (const svg of all("#images figure > .pic")) {
     const button = document.createElement("button");

@@ -19,6 +19,7 @@ from sdtrain.ground.git import head_commit
 from sdtrain.ground.gpus import visible_gpus
 from sdtrain.params.machine import launch_numbers
 from sdtrain.tools.sweep import starts
+from sdtrain.tools.sweep.failures import note_failure
 from sdtrain.tools.sweep.git import PARAMS, changed_between, workspace_commit
 from sdtrain.tools.sweep.grid import plan_tasks
 from sdtrain.tools.sweep.job import Job
@@ -105,8 +106,11 @@ class _Sweep:
 
     def _turn(self) -> None:
         for job in self._running():
-            if job.settle() and self._signals and job.state == "failed":
-                job.state, job.note = "waiting", "stopped"
+            if job.settle() and job.state == "failed":
+                if self._signals:
+                    job.state, job.note = "waiting", "stopped"
+                else:
+                    note_failure(job.name, self._head, job.note, job.last_lines())
         if self._starting is not None:
             job, start = self._starting
             if job.state != "running" or starts.has_started(job.name):

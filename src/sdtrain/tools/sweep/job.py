@@ -15,6 +15,7 @@ import psutil
 from sdtrain.ground.errors import InputError
 from sdtrain.ground.files import read_json
 from sdtrain.params.machine import SWEEP_TASK
+from sdtrain.tools.sweep.failures import forget_failure
 from sdtrain.tools.sweep.git import find_experiment, how_it_differs
 from sdtrain.tools.sweep.grid import Task
 from sdtrain.tools.sweep.starts import has_started, lock_of, log_of, try_lock
@@ -114,6 +115,7 @@ class Job:
         command = ["dvc", "exp", "run", "--temp", "--name", self.name]
         for override in self.task.overrides:
             command += ["--set-param", override]
+        forget_failure(self.name)
         with log_of(self.name).open("wb") as log:
             try:
                 self.process = subprocess.Popen(
