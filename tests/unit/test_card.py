@@ -401,12 +401,12 @@ def test_metrics_stand_beside_each_other_with_interval_and_n(project):
     assert shape(card).count("table") == 1
     rows = table(card)
     timesteps = project.params.evaluate.num_timesteps
-    assert rows[2] == ["held-out loss, lower is better", "0.1389", "0.0354", f"225 images × {timesteps} timesteps"]
-    assert rows[3] == ["its gain, base − trained", "", "0.1035 (0.09082 to 0.1163)", "225 images"]
-    assert rows[4] == ["held-out loss without captions", "0.1123", "0.05912", "225 images"]
-    gap = ["its rise with another image's caption", "0.1061", "0.1362 (0.128 to 0.1448)", "225 images"]
+    assert rows[2] == ["held-out loss, lower is better", "0.1389", "0.03541", f"225 images × {timesteps} timesteps"]
+    assert rows[3] == ["its gain, base − trained", "", "0.1035 (0.09084 to 0.1162)", "225 images"]
+    assert rows[4] == ["held-out loss without captions", "0.1123", "0.05935", "225 images"]
+    gap = ["its rise with another image's caption", "0.1061", "0.1399 (0.1316 to 0.1485)", "225 images"]
     assert rows[9] == gap
-    assert rows[6] == ["loss of as many training images", "0.1299", "0.03368", "225 images"]
+    assert rows[6] == ["loss of as many training images", "0.1299", "0.0336", "225 images"]
     assert rows[10] == ["color, new concepts", "0.0 % (0.0 % to 3.8 %)", "95.8 % (89.8 % to 98.4 %)", "96"]
     assert len(rows) == 2 + 8 + 12 + 10
     assert "don't show that training helped" not in card
@@ -416,10 +416,10 @@ def test_drawn_images_stand_beside_what_real_ones_get(project):
     card = project.build(files=PIPELINE).card()
     rows = table(card)[-10:]
     assert rows[0] == [
-        "CLIPScore, higher is better; real images 79.28", "59.15", "76.94 (76.16 to 77.71)", "320 images",
+        "CLIPScore, higher is better; real images 79.28", "59.15", "77.21 (76.47 to 77.93)", "320 images",
     ]  # fmt: skip
     assert rows[3] == [
-        "Fréchet distance, lower is better; real images 1.401 (1.053 to 1.749)", "2.943", "1.512 (1.156 to 1.869)",
+        "Fréchet distance, lower is better; real images 1.401 (1.053 to 1.749)", "2.943", "1.508 (1.151 to 1.865)",
         "160 images",
     ]  # fmt: skip
     assert rows[-1][0] == "share of near copies of training images, about 0.05 by chance"
