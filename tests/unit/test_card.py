@@ -1112,7 +1112,8 @@ def test_the_snippet_draws_with_the_file_in_the_card(project, root, monkeypatch,
         pipeline, [prompt], [0], conditions=conditions, num_inference_steps=2, guidance_scale=scale, batch_size=1
     )
     assert Image.open("image.png").size == (64, 64)
-    assert np.array_equal(drawn, Image.open("image.png"))
+    levels = np.subtract(drawn, Image.open("image.png"), dtype=int)
+    assert abs(levels).max() <= 1  # sums may round otherwise
 
 
 @pytest.mark.parametrize(
