@@ -87,7 +87,7 @@ def compare_images(
 ) -> Comparison:
     """Set metrics, CLIPScore where the encoder is a CLIP, and the share of near copies; a model that copies is told.
 
-    The images' own CLIPScores, and their ratios of distances to training and held-out images, are added to `values`.
+    The images' own CLIPScores, and whether each is a near copy, are added to `values`.
 
     Args:
         dataset: the folder `data/dataset`.
@@ -111,9 +111,10 @@ def compare_images(
         for name, some in sets.items():
             views[name].append(features.extract([ImageOps.mirror(image) for image in some], size, processes))
     neighbors = nearest_neighbors(views, _features_of(train, dataset, features, size, processes))
-    for name, to_train in neighbors.items():
-        values.add(f"near_copy_ratio_{label}", name, to_train.ratios, images.items, images.captions)
     shares, threshold = near_copies(label, neighbors)
+    for name in images.drawn if threshold is not None else ():
+        is_copy = (neighbors[name].ratios < threshold).astype(float)
+        values.add(f"near_copy_share_{label}", name, is_copy, images.items, images.captions)
     trained = f"near_copy_share_{label}_trained"
     if shares and (fault := copied(shares[trained], shares[f"{trained}_ci_low"])):
         print(f"WARNING: {fault}", file=sys.stderr)

@@ -3,8 +3,7 @@
 A metric's number hides which images it is the mean of. With the single values two runs can be compared image by image,
 at any later time, and over training seeds. One row per value:
 
-- `metric`: as in `metrics/*.json`, where `<metric>_<model>` is the mean of the values; and `near_copy_ratio_<encoder>`,
-  by which drawn images are told to be near copies.
+- `metric`: as in `metrics/*.json`, where `<metric>_<model>` is the mean of the values.
 - `model`: `base`, `trained`, or what else was measured.
 - `item`: the held-out image's id, or the prompt's kind and number; the same in every run on the same data.
 - `text`: its caption or prompt.

@@ -3,12 +3,13 @@
 import math
 from typing import Any
 
+from sdtrain.evaluation.set_metrics import MIN_VERDICT_IMAGES
 from sdtrain.tools.compare import Comparison, Ranked, Verdict
 
 HEADER = ("recipe", "seeds", "mean", "95 % over seeds", "sd", "difference", "95 %", "p", "verdict")
 _FAULTS = {
     "other images": "have no values of the same images",
-    "few images": "were measured on too few images, fewer than 200 (evaluate.num_prompts)",
+    "few images": f"were measured on too few images, fewer than {MIN_VERDICT_IMAGES} (evaluate.num_prompts)",
     "not finite": "don't have finite values alone",
 }
 """Of two recipes, by the reason that a verdict gives."""
