@@ -87,6 +87,7 @@ def test_a_wrong_value_is_explained_by_the_stage(project):
     project.readme("rm -r metrics && git checkout params.yaml dvc.lock metrics && dvc checkout")
 
 
+@pytest.mark.full
 def test_temp_run_uses_its_snapshot_and_leaves_the_workspace_alone(project):
     before = (project.folder / "params.yaml").read_text()
     num_runs = len(list((project.folder / "runs").iterdir()))
@@ -99,6 +100,7 @@ def test_temp_run_uses_its_snapshot_and_leaves_the_workspace_alone(project):
     assert "3e-05" in rates
 
 
+@pytest.mark.full
 def test_a_queue_runs_a_grid_of_values(project):
     output = project.readme("dvc exp run --queue -S 'train.lr=1e-4,2e-4'")
     assert output.count("Queued experiment") == 2
@@ -166,6 +168,7 @@ def test_a_key_of_the_method_reruns_no_stage_before_train(project):
     assert stages_run(project.run("dvc repro --dry")) == []
 
 
+@pytest.mark.full
 def test_another_rank_reruns_train_and_what_follows(project):
     """LoRA's own keys, on the base, images and cache of the full fine-tuning before it."""
     method = load_params(ROOT / "recipes" / "lora.yaml").method.model_dump()

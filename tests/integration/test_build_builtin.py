@@ -76,6 +76,7 @@ def test_the_report_measures_both_alike_and_compares_every_file(builder, built):
     assert report["built"]["unet"]["steps"] == SHRUNK["UNET_STEPS"]
 
 
+@pytest.mark.full
 def test_the_same_build_gives_the_same_bits(builder, built, tmp_path, monkeypatch):
     monkeypatch.setattr(builder, "BUILD", tmp_path)
     torch.manual_seed(0)  # the state before is no seed of it

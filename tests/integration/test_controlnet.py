@@ -156,10 +156,12 @@ def test_states_and_checkpoints_hold_the_controlnet_alone(controlnet):
     assert sum(p.numel() for p in saved.parameters()) == num_trained
 
 
+@pytest.mark.full
 def test_a_killed_run_resumes_to_the_bit(hinted, tmp_path, capfd):
     assert_kill_changes_nothing(hinted, tmp_path, CONTROLNET_FILE, capfd, HINTED)
 
 
+@pytest.mark.full
 def test_two_processes_train_the_same_curve(hinted, tmp_path):
     places = []
     for name, num_processes in (("one", 1), ("two", 2)):
@@ -175,7 +177,9 @@ def test_two_processes_train_the_same_curve(hinted, tmp_path):
     assert_same_curves(*places)
 
 
-@pytest.mark.parametrize("train", [{"gradient_checkpointing": True}, {"precision": "bf16"}])
+@pytest.mark.parametrize(
+    "train", [{"gradient_checkpointing": True}, pytest.param({"precision": "bf16"}, marks=pytest.mark.full)]
+)
 def test_memory_and_precision_change_rounding_only(hinted, controlnet, tmp_path, train):
     again = hinted.train(tmp_path, train=train)
     tolerance = 0.05 if "precision" in train else 1e-5
@@ -322,6 +326,7 @@ def test_a_cache_without_hints_is_refused(workspace, hinted, tmp_path):
         train(params, hinted.files(tmp_path, latents=workspace.latents))
 
 
+@pytest.mark.full
 def test_one_batch_can_be_overfitted(hinted, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     params = hinted.make_params(train={"lr": 5e-3})

@@ -246,7 +246,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", place], check=True)
 
 
-@pytest.mark.parametrize("left_mib", [0, 20, pytest.param(44, marks=pytest.mark.full), 70])
+@pytest.mark.parametrize("left_mib", [20, *(pytest.param(left, marks=pytest.mark.full) for left in (0, 44, 70))])
 def test_a_disk_that_fills_while_a_run_works(workspace, small_disk, left_mib):
     """States are of 43 MiB, checkpoints of 22."""
     (small_disk / "data").mkdir()

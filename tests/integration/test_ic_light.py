@@ -144,6 +144,7 @@ def test_a_killed_run_resumes_to_the_bit(relit, tmp_path, capfd):
     assert_kill_changes_nothing(relit, tmp_path, UNET, capfd, CONSISTENT)
 
 
+@pytest.mark.full
 def test_two_processes_train_the_same_curve(relit, tmp_path):
     places = []
     for name, num_processes in (("one", 1), ("two", 2)):
@@ -159,7 +160,14 @@ def test_two_processes_train_the_same_curve(relit, tmp_path):
     assert_same_curves(*places)
 
 
-@pytest.mark.parametrize("train", [{"micro_batch_size": 2}, {"gradient_checkpointing": True}, {"precision": "bf16"}])
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"micro_batch_size": 2},
+        {"gradient_checkpointing": True},
+        pytest.param({"precision": "bf16"}, marks=pytest.mark.full),
+    ],
+)
 def test_splits_memory_and_precision_change_rounding_only(relit, trained, tmp_path, train):
     again = run_of(relit, "mlp", tmp_path, train=train)
     tolerance = 0.05 if "precision" in train else 1e-5

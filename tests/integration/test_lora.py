@@ -104,13 +104,17 @@ def test_states_and_checkpoints_hold_what_trains(workspace, lora, run, tmp_path)
     assert adapter.stat().st_size < whole.stat().st_size / 10
 
 
-@pytest.mark.parametrize("method", [{"dropout": 0.1}, {"use_dora": True, "target_modules": "attention"}])
+@pytest.mark.parametrize(
+    "method",
+    [{"dropout": 0.1}, pytest.param({"use_dora": True, "target_modules": "attention"}, marks=pytest.mark.full)],
+)
 def test_a_killed_run_resumes_to_the_bit(workspace, tmp_path, capfd, method):
     """With dropout of its own, and with DoRA's magnitudes."""
     sections = changes(method, export={"merged": True})
     assert_kill_changes_nothing(workspace, tmp_path, ADAPTER_FILE, capfd, sections)
 
 
+@pytest.mark.full
 def test_two_processes_train_the_same_curve(workspace, tmp_path):
     places = []
     for name, num_processes in (("one", 1), ("two", 2)):
@@ -362,6 +366,7 @@ def test_a_full_runs_state_is_no_adapters(workspace, run, tmp_path):
         workspace.train(tmp_path, **changes(train=branch))
 
 
+@pytest.mark.full
 def test_one_batch_can_be_overfitted(workspace, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     params = workspace.make_params(**changes({"rank": 16, "alpha": 16}))

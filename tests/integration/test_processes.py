@@ -83,6 +83,7 @@ def test_two_processes_train_the_same_curve(workspace, alone, tmp_path):
     assert two.curve("train").loss.tolist() == pytest.approx(alone.curve("train").loss.tolist(), rel=2e-5)
 
 
+@pytest.mark.full
 def test_a_run_moves_between_numbers_of_processes_and_nodes(workspace, alone, tmp_path):
     """Stopped by SIGTERM on two processes, it ends on two nodes of one process each."""
     place = Place(tmp_path / "moved", workspace)

@@ -164,7 +164,7 @@ def test_never_starts_over(workspace, whole, tmp_path, capfd):
     assert "step 0: held-out loss" in out
 
 
-@pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup"])
+@pytest.mark.parametrize("schedule", ["constant", pytest.param("constant_with_warmup", marks=pytest.mark.full)])
 def test_a_longer_run_goes_on_from_the_shorter_one(workspace, tmp_path, schedule):
     """Though the shorter one validated and logged at its own end, which the longer one doesn't."""
     steps = {**STEPS, "lr_scheduler": schedule, "lr_warmup_steps": 2 if "warmup" in schedule else 0}

@@ -136,6 +136,7 @@ def test_two_processes_leave_the_same_bytes_as_one(places):
         assert [name for name in one if one[name] != two[name]] == []
 
 
+@pytest.mark.full
 def test_an_image_that_only_the_second_process_sees_ends_the_stage_with_one_message(workspace, tmp_path):
     """The VAE is made to overflow for one image, the first one of the second batch."""
     vae, rows = load_vae(workspace.base), list(read_dataset(workspace.dataset, "train"))

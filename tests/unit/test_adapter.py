@@ -180,6 +180,7 @@ def test_an_adapter_of_another_structure_is_refused(changes, tmp_path):
     assert torch.equal(predict(before.trained), expected)
 
 
+@pytest.mark.full
 def test_equal_weights_are_equal_files(tmp_path):
     """PEFT holds sets and safetensors a hash map, whose order is another in every process."""
     script = f"""

@@ -207,12 +207,16 @@ class Job:
         return bool(processes)
 
     def _remove_copies(self) -> None:
-        """Delete the copies of the project that killed runs of this task left."""
+        """Delete the copies of the project that killed runs of this task left, and what DVC noted of them.
+
+        A DVC that was killed before it wrote its note leaves a folder without one, and `dvc exp show` fails over it.
+        """
         for path in Path(".dvc/tmp/exps/run").glob("*/*.run"):
             with suppress(InputError):  # a run that was killed while it wrote this file
                 run = read_json(path)
                 if run["name"] == self.name and Path(run["root_dir"]).parent.name == "standalone":
                     shutil.rmtree(run["root_dir"], ignore_errors=True)
+                    shutil.rmtree(Path(run["root_dir"]).parent / "run" / path.stem, ignore_errors=True)
 
 
 def _lines(text: str) -> list[str]:

@@ -1,8 +1,10 @@
-"""What a sweep shows on a terminal while it works."""
+"""A sweep's tasks in one process: what a terminal shows of them, and what is left of killed ones."""
 
 import io
+import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +39,18 @@ def test_a_terminal_has_a_table_of_the_tasks(jobs, monkeypatch):
     assert running[-6:] == ["train", "[markup]", "is", "no", "markup:", "3/10"]
     assert ["seed-1", "failed", "out", "of", "memory"] in lines
     assert ["1", "waiting,", "1", "running,", "1", "failed"] in lines
+
+
+def test_what_dvc_noted_of_a_tasks_killed_run_goes_with_its_copy(jobs, tmp_path, monkeypatch):
+    """A DVC that is killed between a folder and the note in it leaves it empty, and `dvc exp show` fails over that."""
+    monkeypatch.chdir(tmp_path)
+    exps = Path(".dvc/tmp/exps").absolute()
+    for name in ("seed-0", "other"):
+        copy, noted = exps / "standalone" / f"copy-{name}", exps / "run" / name
+        for folder in (copy, noted, exps / "standalone" / "run" / name):
+            folder.mkdir(parents=True)
+        (noted / f"{name}.run").write_text(json.dumps({"name": name, "root_dir": str(copy)}))
+    assert jobs[0].take()
+    jobs[0].release()
+    assert {path.name for path in exps.glob("standalone/copy-*")} == {"copy-other"}
+    assert {path.name for path in exps.glob("standalone/run/*")} == {"other"}
