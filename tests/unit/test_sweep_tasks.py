@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdtrain.params.schema import Params
+from sdtrain.tools.sweep.failures import failures_of, forget_failure, note_failure
 from sdtrain.tools.sweep.grid import Task
 from sdtrain.tools.sweep.job import Job
 from sdtrain.tools.sweep.progress import showing
@@ -54,3 +55,23 @@ def test_what_dvc_noted_of_a_tasks_killed_run_goes_with_its_copy(jobs, tmp_path,
     jobs[0].release()
     assert {path.name for path in exps.glob("standalone/copy-*")} == {"copy-other"}
     assert {path.name for path in exps.glob("standalone/run/*")} == {"other"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        (["> python -m stages.train", "step 250", "error: the loss isn't finite", "one more line", "ERROR: failed"],
+         "the loss isn't finite"),
+        (["Traceback (most recent call last):", '  File "x", line 1', "ValueError: no", "ERROR: failed"],
+         "ValueError: no"),
+        (["ERROR: failed"], "dvc ended with exit code 255"),
+    ],
+    ids=["a stage's own error", "a traceback", "nothing of its own"],
+)  # fmt: skip
+def test_a_failure_is_noted_with_its_cause_until_the_task_starts_again(tmp_path, monkeypatch, lines, cause):
+    monkeypatch.chdir(tmp_path)
+    note_failure("lr-0.2", "abc", "dvc ended with exit code 255", lines)
+    assert failures_of(tmp_path, "abc") == {"lr-0.2": f"its task failed: {cause} (.dvc/tmp/sweep/lr-0.2.log)"}
+    assert failures_of(tmp_path, "def") == {}
+    forget_failure("lr-0.2")
+    assert failures_of(tmp_path, "abc") == {}

@@ -36,7 +36,7 @@ def _sweep(options: argparse.Namespace) -> None:
             "new_color_accuracy_trained"
         )
     result = run_sweep(options.assignments, num_jobs=options.jobs, prefix=options.name, dry_run=options.dry_run)
-    if not options.dry_run:
+    if result.experiments and not options.dry_run:
         _rank(result.experiments, options.metric)
     if result.failed:
         sys.exit(1)

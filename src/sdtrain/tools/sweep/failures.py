@@ -47,5 +47,5 @@ def _path(name: str) -> Path:
 def _cause(lines: list[str]) -> str | None:
     """The line that says why, as far as it can be told: the last one of a stage's own error, or of a traceback."""
     own = [line.strip() for line in lines if not _NOT_THE_CAUSE.match(line)]
-    said = [line for line in own if line.startswith("error: ")]
-    return next(iter([*said[-1:], *own[-1:]]), None)
+    said = [line.removeprefix("error: ") for line in own if line.startswith("error: ")]
+    return (said or own or [None])[-1]
