@@ -73,5 +73,6 @@ def test_images_learned_by_heart(make_params, root, tmp_path, capsys):
     run = world.train(tmp_path, train={**GOOD, "max_steps": 400})
     params = world.make_params(export={"checkpoint": "last", "weights": "raw"}, evaluate={"num_timesteps": 8})
     export_model(params.export, world.base, run.checkpoints, tmp_path / "model")
-    world.evaluate(tmp_path / "model", tmp_path / "out", params)
+    numbers = world.evaluate(tmp_path / "model", tmp_path / "out", params)
+    assert numbers["memorized_gain_ci_low"] > 0.05
     assert "WARNING: the model memorises: the loss of its training images is " in capsys.readouterr().err
